@@ -1,6 +1,8 @@
 package audit
 
 import (
+	"bytes"
+
 	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/note"
 )
@@ -11,4 +13,12 @@ func openCheckpoint(raw []byte, v note.Verifier) (torchwood.Checkpoint, error) {
 	policy := torchwood.ThresholdPolicy(2, torchwood.OriginPolicy(v.Name()), torchwood.SingleVerifierPolicy(v))
 	c, _, err := torchwood.VerifyCheckpoint(raw, policy)
 	return c, err
+}
+
+// noteText returns the text of a signed note, without its signatures.
+func noteText(raw []byte) string {
+	if i := bytes.LastIndex(raw, []byte("\n\n")); i >= 0 {
+		return string(raw[:i+1])
+	}
+	return string(raw)
 }

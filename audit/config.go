@@ -22,9 +22,9 @@ const (
 	// MaxBacklog is how many leaves may wait in the outbox before [Log.Ready] refuses more work.
 	MaxBacklog = 16384
 
-	maxBatch        = 256             // leaves in flight at one time; one full bundle
-	reconcilePage   = 4096            // outbox rows compared with the log at one time; more than maxBatch
-	pollEvery       = time.Second     // how soon a row is found that nobody gave notice of
+	maxBatch        = 256         // leaves in flight at one time; one full bundle
+	reconcilePage   = 4096        // outbox rows compared with the log at one time; more than maxBatch
+	pollEvery       = time.Second // how soon a row is found that nobody gave notice of
 	backoffLeast    = 50 * time.Millisecond
 	backoffMost     = 2 * time.Second
 	shutdownTimeout = 2 * time.Second // for the last checkpoint, and again for Tessera's goroutines

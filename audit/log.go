@@ -110,11 +110,11 @@ func (l *Log) Checkpoint() ([]byte, error) {
 
 // Status tells how the log stands.
 func (l *Log) Status(ctx context.Context) (Status, error) {
-	size, err := integratedSize(l.logDir)
+	published, err := l.publishedSize() // before the size, which is then not behind it
 	if err != nil {
 		return Status{}, err
 	}
-	published, err := l.publishedSize()
+	size, err := integratedSize(l.logDir)
 	if err != nil {
 		return Status{}, err
 	}
