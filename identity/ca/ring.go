@@ -111,6 +111,9 @@ func (r *ring) complete() error {
 				fmt.Sprintf("there are %d active keys and %d in preparation; one, and at most one, is right", seen[Active], seen[Prepared]), nil)
 		}
 	}
+	if x, j := r.next(X509), r.next(JWT); (x == nil) != (j == nil) || x != nil && x.State != j.State {
+		return corrupt(KeyRecord{Use: JWT, ID: "(next)"}, "the next issuing and JWT keys are not in the same state", nil)
+	}
 	return nil
 }
 

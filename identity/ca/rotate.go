@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"time"
 
 	"github.com/redoubtsec/redoubt/event"
@@ -102,7 +103,7 @@ func (a *Authority) tryStep(ctx context.Context, name Step, rec event.Record, do
 		changed = append(changed, k)
 		rec.Detail[string(k.Use)+" "+id] = string(k.State)
 	}
-	merged := changed
+	merged := slices.Clone(changed)
 	for _, k := range before.records {
 		if _, ok := c[k.ID]; !ok {
 			merged = append(merged, k)

@@ -82,7 +82,7 @@ func (a *Authority) problems(r *ring, now time.Time) []string {
 // A rotation begins at half of the life of an active key. One that was begun by hand is left to that hand until then.
 func (a *Authority) plan(r *ring, now time.Time) Planned {
 	issuing, jwt := r.active(X509), r.active(JWT)
-	if a.spent(issuing, a.cfg.SVIDTTL, now) || a.spent(jwt, a.cfg.JWTTTL, now) {
+	if spent(issuing, max(a.cfg.SVIDTTL, a.cfg.AgentTTL), now) || spent(jwt, a.cfg.JWTTTL, now) {
 		return Planned{StepReplace, now, "an active key can no longer sign"}
 	}
 	half := earlier(halfLife(issuing), halfLife(jwt))
@@ -101,9 +101,9 @@ func (a *Authority) plan(r *ring, now time.Time) Planned {
 	return p
 }
 
-// spent reports whether what is left of a key is too short for what it signs. One that is not valid yet is not spent:
+// spent reports whether what is left of a key is too short for the longest that it signs. One that is not valid yet is not spent:
 // then the clock is wrong, and only people can tell.
-func (a *Authority) spent(k *key, ttl time.Duration, now time.Time) bool {
+func spent(k *key, ttl time.Duration, now time.Time) bool {
 	return k.NotAfter.Sub(now) < leastSVID(ttl)
 }
 

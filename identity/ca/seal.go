@@ -47,4 +47,3 @@ func (s *sealer) open(rec KeyRecord) ([]byte, error) {
 	}
 	return private, nil
 }
-

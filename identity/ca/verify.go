@@ -2,7 +2,6 @@ package ca
 
 import (
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/json" // unlike encoding/json: names match exactly, and none may stand twice
 
 	"github.com/redoubtsec/redoubt/identity"
 )
