@@ -102,10 +102,13 @@ func RefusalOf(err error) *Refusal {
 	return &Refusal{Kind: e.Kind, Code: e.Code, What: e.What, Why: e.Why, Do: e.Do, Decision: e.Decision}
 }
 
-// Err returns the refusal as an error.
+// Err returns the refusal as the rest of the house knows it.
 func (r *Refusal) Err() *refusal.Error {
 	return &refusal.Error{Kind: r.Kind, Code: r.Code, What: r.What, Why: r.Why, Do: r.Do, Decision: r.Decision}
 }
 
-// String renders "what: why; what to do".
-func (r *Refusal) String() string { return r.Err().Error() }
+// Error renders "what: why; what to do".
+func (r *Refusal) Error() string { return r.Err().Error() }
+
+// Unwrap makes [refusal.As] and errors.Is see the refusal.
+func (r *Refusal) Unwrap() error { return r.Err() }

@@ -1,0 +1,336 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/redoubtsec/redoubt/event"
+	"github.com/redoubtsec/redoubt/identity"
+	"github.com/redoubtsec/redoubt/refusal"
+)
+
+// Revoke withdraws trust from the identity, machine or key that r names: nothing is signed for it and, of a machine, no
+// call answered, from when this returns; agents are pushed the revocation. A revoked machine's workloads are gone. ID,
+// Created and Author are filled in. Errors: [ErrWithdrawal], [ErrWithdrawals]; [ErrUnknown] of a machine that never joined.
+func (f *Fleet) Revoke(ctx context.Context, r Revocation, rec event.Record) (Revocation, error) {
+	now := f.now()
+	r.ID, r.Created, r.Author = identity.Unique("v"), now, rec.Actor
+	if err := checkRevocation(f.cfg.TrustDomain, r, now); err != nil {
+		return Revocation{}, err
+	}
+	err := f.update(ctx, func(u *unit) error {
+		n, err := u.Revocations.CountRevocations(ctx)
+		if err != nil {
+			return err
+		}
+		if n >= f.cfg.MaxWithdrawn {
+			f.meter.Count("fleet_withdrawals_refused", 1, "code", ErrWithdrawals.Code)
+			return exhausted(ErrWithdrawals, "revocation", f.cfg.MaxWithdrawn, "lift some first")
+		}
+		if r.Machine != "" {
+			if err := f.expel(ctx, u, r); err != nil {
+				return err
+			}
+		}
+		if err := u.Revocations.PutRevocation(ctx, r); err != nil {
+			return err
+		}
+		u.then = append(u.then, func() { f.revoked[r.ID] = r })
+		if err := u.push(ctx, KindRevocation, r.ID, r); err != nil {
+			return err
+		}
+		return u.Audit.PutRecord(ctx, rec)
+	})
+	if err != nil {
+		return Revocation{}, err
+	}
+	f.meter.Count("fleet_revocations", 1)
+	return r, nil
+}
+
+// RevokeMachine is [Fleet.Revoke] of a machine, for good.
+func (f *Fleet) RevokeMachine(ctx context.Context, machine, reason string, rec event.Record) (Revocation, error) {
+	return f.Revoke(ctx, Revocation{Machine: machine, Reason: reason}, rec)
+}
+
+// expel takes a machine out: it is revoked, and its workloads are gone.
+func (f *Fleet) expel(ctx context.Context, u *unit, r Revocation) error {
+	m, err := u.Machines.Machine(ctx, r.Machine)
+	if errors.Is(err, ErrNotFound) {
+		return unknown("machine "+r.Machine, "list machines with redoubt get machines")
+	}
+	if err != nil {
+		return err
+	}
+	// A revocation that ends by itself lets the machine in again; one for good is a state of the machine.
+	if r.Expires.IsZero() {
+		m.State = MachineRevoked
+		if err := u.Machines.PutMachine(ctx, m); err != nil {
+			return err
+		}
+		u.then = append(u.then, func() { f.members[m.ID] = memberOf(m) })
+	}
+	return f.endWorkloads(ctx, u, m.ID)
+}
+
+// Lift ends a revocation. A machine that was revoked for good may speak again with the key that it has, if no other
+// revocation names it. Errors: [ErrUnknown].
+func (f *Fleet) Lift(ctx context.Context, id string, rec event.Record) error {
+	return f.update(ctx, func(u *unit) error {
+		f.mu.Lock()
+		r, ok := f.revoked[id]
+		others := 0
+		for _, o := range f.revoked {
+			if ok && o.ID != id && o.Machine != "" && o.Machine == r.Machine {
+				others++
+			}
+		}
+		f.mu.Unlock()
+		if !ok {
+			return unknown("revocation", "list those in force with redoubt get revocations")
+		}
+		if err := u.Revocations.DeleteRevocation(ctx, id); err != nil {
+			return err
+		}
+		if r.Machine != "" && others == 0 {
+			m, err := u.Machines.Machine(ctx, r.Machine)
+			if err != nil && !errors.Is(err, ErrNotFound) {
+				return err
+			}
+			if err == nil && m.State == MachineRevoked {
+				m.State = MachineJoined
+				if err := u.Machines.PutMachine(ctx, m); err != nil {
+					return err
+				}
+				u.then = append(u.then, func() { f.members[m.ID] = memberOf(m) })
+			}
+		}
+		u.then = append(u.then, func() { delete(f.revoked, id) })
+		if err := u.push(ctx, KindRevocation, id, nil); err != nil {
+			return err
+		}
+		return u.Audit.PutRecord(ctx, rec)
+	})
+}
+
+// Revocations lists them in order of id, after the id given; those that ended are kept for [Config.KeepGone].
+func (f *Fleet) Revocations(ctx context.Context, after string, limit int) ([]Revocation, error) {
+	var out []Revocation
+	err := f.view(ctx, func(tx Tx) (err error) {
+		out, err = tx.Revocations.Revocations(ctx, after, page(limit))
+		return err
+	})
+	return out, err
+}
+
+// Quarantine marks an identity or an instance: its workloads, those to come included, have the fact risk.quarantined from
+// the server until it is lifted or ends, and agents are pushed that. ID, Created and Author are filled in.
+// Errors: [ErrWithdrawal], [ErrWithdrawals]; [ErrUnknown] of an instance that is not known.
+func (f *Fleet) Quarantine(ctx context.Context, q Quarantine, rec event.Record) (Quarantine, error) {
+	now := f.now()
+	q.ID, q.Created, q.Author = identity.Unique("q"), now, rec.Actor
+	if err := checkQuarantine(f.cfg.TrustDomain, q, now); err != nil {
+		return Quarantine{}, err
+	}
+	err := f.update(ctx, func(u *unit) error {
+		n, err := u.Quarantines.CountQuarantines(ctx)
+		if err != nil {
+			return err
+		}
+		if n >= f.cfg.MaxWithdrawn {
+			f.meter.Count("fleet_withdrawals_refused", 1, "code", ErrWithdrawals.Code)
+			return exhausted(ErrWithdrawals, "quarantine", f.cfg.MaxWithdrawn, "lift some first")
+		}
+		if q.Instance != "" {
+			if _, err := u.Workloads.Workload(ctx, q.Instance); errors.Is(err, ErrNotFound) {
+				return unknown("workload "+q.Instance, "list workloads with redoubt get workloads")
+			} else if err != nil {
+				return err
+			}
+		}
+		if err := u.Quarantines.PutQuarantine(ctx, q); err != nil {
+			return err
+		}
+		if err := u.Audit.PutRecord(ctx, rec); err != nil {
+			return err
+		}
+		return f.isolated(ctx, u, q, func() { f.isolate[q.ID] = q })
+	})
+	if err != nil {
+		return Quarantine{}, err
+	}
+	f.meter.Count("fleet_quarantines", 1)
+	return q, nil
+}
+
+// Release lifts a quarantine. Errors: [ErrUnknown].
+func (f *Fleet) Release(ctx context.Context, id string, rec event.Record) error {
+	return f.update(ctx, func(u *unit) error {
+		if err := f.unisolate(ctx, u, id); err != nil {
+			return err
+		}
+		return u.Audit.PutRecord(ctx, rec)
+	})
+}
+
+func (f *Fleet) unisolate(ctx context.Context, u *unit, id string) error {
+	f.mu.Lock()
+	q, ok := f.isolate[id]
+	f.mu.Unlock()
+	if !ok {
+		return unknown("quarantine", "list those in force with redoubt get quarantines")
+	}
+	if err := u.Quarantines.DeleteQuarantine(ctx, id); err != nil {
+		return err
+	}
+	return f.isolated(ctx, u, q, func() { delete(f.isolate, id) })
+}
+
+// isolated re-evaluates the workloads that q names, as if apply had been done already; it is done for good after the commit.
+func (f *Fleet) isolated(ctx context.Context, u *unit, q Quarantine, apply func()) error {
+	f.mu.Lock()
+	was, had := f.isolate[q.ID]
+	apply()
+	f.mu.Unlock()
+	// Evaluation reads the cache, which must not run ahead of the commit: put it back until then.
+	defer func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if had {
+			f.isolate[q.ID] = was
+		} else {
+			delete(f.isolate, q.ID)
+		}
+	}()
+	u.then = append(u.then, apply)
+	query := WorkloadQuery{State: WorkloadPresent, Limit: MaxPage}
+	if q.Instance != "" {
+		w, err := u.Workloads.Workload(ctx, q.Instance)
+		if errors.Is(err, ErrNotFound) || err == nil && w.State != WorkloadPresent {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return f.reevaluate(ctx, u, w)
+	}
+	query.ID = q.Identity.String()
+	for {
+		page, err := u.Workloads.Workloads(ctx, query)
+		if err != nil {
+			return err
+		}
+		for _, w := range page {
+			if err := f.reevaluate(ctx, u, w); err != nil {
+				return err
+			}
+		}
+		if len(page) < query.Limit {
+			return nil
+		}
+		query.After = page[len(page)-1].Instance
+	}
+}
+
+// Quarantines lists them in order of id, after the id given.
+func (f *Fleet) Quarantines(ctx context.Context, after string, limit int) ([]Quarantine, error) {
+	var out []Quarantine
+	err := f.view(ctx, func(tx Tx) (err error) {
+		out, err = tx.Quarantines.Quarantines(ctx, after, page(limit))
+		return err
+	})
+	return out, err
+}
+
+// withdrawn returns the refusal if trust in any of these was withdrawn. The zero value of each is nobody.
+func (f *Fleet) withdrawn(id identity.ID, machine, spki string) error {
+	now := f.now()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, r := range f.revoked {
+		if !r.Expires.IsZero() && !now.Before(r.Expires) {
+			continue
+		}
+		switch {
+		case machine != "" && r.Machine == machine:
+			return machineRevoked(machine, "it was revoked at "+stamp(r.Created)+" ("+r.ID+")")
+		case spki != "" && r.SPKI == spki:
+			return refuse(ErrKeyRevoked, refusal.Unproven, "key", "it was revoked at "+stamp(r.Created)+" ("+r.ID+")", "use a new key")
+		case !id.IsZero() && r.Identity == id:
+			return refuse(ErrIdentityRevoked, refusal.Denied, "SVID of "+id.String(), "the identity was revoked at "+stamp(r.Created)+" ("+r.ID+")",
+				"lift the revocation if it should be issued again")
+		}
+	}
+	return nil
+}
+
+// quarantinedBy returns the quarantine that holds for a workload.
+func (f *Fleet) quarantinedBy(id identity.ID, instance string) (Quarantine, bool) {
+	now := f.now()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var found Quarantine
+	for _, q := range f.isolate {
+		if !q.Expires.IsZero() && !now.Before(q.Expires) {
+			continue
+		}
+		// Of several the oldest, so that the evidence does not flap.
+		if (q.Instance == instance || !id.IsZero() && q.Identity == id) && (found.ID == "" || q.ID < found.ID) {
+			found = q
+		}
+	}
+	return found, found.ID != ""
+}
+
+func checkRevocation(td identity.TrustDomain, r Revocation, now time.Time) error {
+	named := 0
+	if !r.Identity.IsZero() {
+		named++
+		if r.Identity.TrustDomain() != td {
+			return badWithdrawal("revocation", "the identity is of another trust domain")
+		}
+	}
+	if r.Machine != "" {
+		named++
+		if err := checkMachineID(r.Machine); err != nil {
+			return err
+		}
+	}
+	if r.SPKI != "" {
+		named++
+		if len(r.SPKI) != 64 || strings.ContainsFunc(r.SPKI, func(c rune) bool { return (c < '0' || c > '9') && (c < 'a' || c > 'f') }) {
+			return badWithdrawal("revocation", "the key is not 64 lower-case hex digits")
+		}
+	}
+	if named != 1 {
+		return badWithdrawal("revocation", "it names not exactly one of identity, machine and key")
+	}
+	return checkEnd("revocation", r.Reason, r.Expires, now)
+}
+
+func checkQuarantine(td identity.TrustDomain, q Quarantine, now time.Time) error {
+	if q.Identity.IsZero() == (q.Instance == "") {
+		return badWithdrawal("quarantine", "it names not exactly one of identity and instance")
+	}
+	if !q.Identity.IsZero() && q.Identity.TrustDomain() != td {
+		return badWithdrawal("quarantine", "the identity is of another trust domain")
+	}
+	return checkEnd("quarantine", q.Reason, q.Expires, now)
+}
+
+func checkEnd(what, reason string, expires, now time.Time) error {
+	if reason == "" || len(reason) > MaxReasonBytes {
+		return badWithdrawal(what, fmt.Sprintf("its reason is empty or longer than %d bytes", MaxReasonBytes))
+	}
+	if !expires.IsZero() && !expires.After(now) {
+		return badWithdrawal(what, "its end has passed")
+	}
+	return nil
+}
+
+func badWithdrawal(what, why string) error {
+	return refuse(ErrWithdrawal, refusal.Invalid, what, why, "name one subject, a reason, and an end that is still to come or none")
+}
