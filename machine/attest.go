@@ -1,0 +1,251 @@
+package machine
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/redoubtsec/redoubt/event"
+	"github.com/redoubtsec/redoubt/fleet"
+	"github.com/redoubtsec/redoubt/identity"
+	"github.com/redoubtsec/redoubt/refusal"
+)
+
+// fullReportEvery is how often everything present is reported, so that the server forgets what a lost message left behind.
+const fullReportEvery = 5 * time.Minute
+
+// attest reads the facts of a workload's process and keeps them. It refuses a process that is not in the workload's
+// cgroup: whoever names a pid does not thereby make it part of a workload.
+func (m *Machine) attest(ctx context.Context, w *workload, pid int) error {
+	subject, err := m.cfg.Attestor.Process(ctx, pid)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if subject.Cgroup != w.Cgroup && !strings.HasPrefix(subject.Cgroup, strings.TrimSuffix(w.Cgroup, "/")+"/") {
+		return &refusal.Error{
+			Kind: refusal.Denied, Code: "not-of-this-workload", What: "attest a process for workload " + w.Instance,
+			Why: "the process is in cgroup " + subject.Cgroup + ", the workload is " + w.Cgroup, Do: "name a process of the workload",
+		}
+	}
+	facts, err := subject.Facts.With(declared(w)...)
+	if err != nil {
+		return err
+	}
+	if facts.Digest() != w.Facts.Digest() {
+		w.Facts, err = w.Facts.With(facts.All()...)
+		if err != nil {
+			return err
+		}
+		// What is no longer said is no longer true: a label of an image that an exec replaced, say.
+		for _, f := range w.Facts.All() {
+			if _, still := facts.Get(f.Name); !still {
+				w.Facts = w.Facts.Without(f.Name)
+			}
+		}
+		w.dirty = true
+	}
+	w.PID, w.Start, w.attestAt = subject.PID, subject.Start, time.Now().Add(attestEvery)
+	if uid, ok := facts.Get(identity.FactUID); ok && uid.Value == int64(0) {
+		w.Privileged = true // whatever was promised: this is what runs
+	}
+	select {
+	case <-w.attested:
+	default:
+		close(w.attested)
+	}
+	return m.saveLocked()
+}
+
+// declared is what root of this machine said of the workload, and what the machine itself knows.
+func declared(w *workload) []identity.Fact {
+	facts := []identity.Fact{
+		{Name: identity.FactInstance, Value: w.Instance, Source: identity.FromKernel},
+		{Name: identity.FactHow, Value: string(w.How), Source: identity.FromKernel},
+		{Name: identity.FactPrivileged, Value: w.Privileged, Source: identity.FromKernel},
+	}
+	if w.Service != "" {
+		facts = append(facts, identity.Fact{Name: identity.FactService, Value: w.Service, Source: identity.FromOperator})
+	}
+	for _, k := range slices.Sorted(maps.Keys(w.Labels)) {
+		facts = append(facts, identity.Fact{Name: identity.FactLabelPrefix + k, Value: w.Labels[k], Source: identity.FromOperator})
+	}
+	if len(w.Listen) > 0 {
+		listen := make([]string, len(w.Listen))
+		for i, l := range w.Listen {
+			listen[i] = fmt.Sprintf("%d/%s", l.Port, l.Protocol)
+		}
+		facts = append(facts, identity.Fact{Name: identity.FactListen, Value: listen, Source: identity.FromOperator})
+	}
+	return facts
+}
+
+// discover registers the container or unit that a process belongs to, when nobody has registered it before.
+func (m *Machine) discover(ctx context.Context, pid int, cgroup string) (*workload, error) {
+	subject, err := m.cfg.Attestor.Process(ctx, pid)
+	if err != nil {
+		return nil, err
+	}
+	top := unitOf(subject)
+	if top == "" || !m.within(top) {
+		return nil, &refusal.Error{
+			Kind: refusal.Denied, Code: "no-identity", What: "identity for process in cgroup " + cgroup,
+			Why: "it belongs to no workload: not started by redoubt run, not enrolled, no container and no systemd unit",
+			Do:  "start it with redoubt run --service NAME -- …, or enroll what runs with redoubt enroll PID --service NAME",
+		}
+	}
+	id, err := cgroupID(m.dir(top))
+	if err != nil {
+		return nil, err
+	}
+	w := newWorkload(identity.Unique("w"), Registration{}, ByDiscovery, top, id)
+	if err := m.add(w); err != nil {
+		if other := m.lookup(cgroup); other != nil {
+			return other, nil // another connection of the same workload was first
+		}
+		return nil, err
+	}
+	if err := m.attest(ctx, w, pid); err != nil {
+		m.remove(ctx, w)
+		return nil, err
+	}
+	m.emit(w, "workload.discovered")
+	m.reportDue(ctx, false)
+	m.renewDue(ctx)
+	return w, nil
+}
+
+// unitOf returns the cgroup that bounds the container or systemd service of a process, or "" if it is in neither.
+func unitOf(s Subject) string {
+	mark := s.Facts.Text(identity.FactContainerID)
+	if mark == "" {
+		if mark = s.Facts.Text(identity.FactUnit); !strings.HasSuffix(mark, ".service") {
+			return ""
+		}
+	}
+	for p := s.Cgroup; p != "/" && p != "." && p != ""; p = path.Dir(p) {
+		if strings.Contains(path.Base(p), mark) {
+			return p
+		}
+	}
+	return ""
+}
+
+// watch ends workloads whose cgroup has no process left, or is another than it was.
+func (m *Machine) watch(ctx context.Context) {
+	m.mu.Lock()
+	var live []*workload
+	for _, w := range m.workloads {
+		if w.PID != 0 { // one that is only prepared has no process yet
+			live = append(live, w)
+		} else if time.Since(w.Since) > time.Minute {
+			live = append(live, w) // prepared, and never started
+		}
+	}
+	m.mu.Unlock()
+	for _, w := range live {
+		dir := m.dir(w.Cgroup)
+		id, err := cgroupID(dir)
+		busy, perr := populated(dir)
+		if err == nil && perr == nil && busy && id == w.CgroupID {
+			continue
+		}
+		m.remove(ctx, w)
+	}
+}
+
+// attestDue looks again at workloads whose facts are due: an exec or a new label changes who they are.
+func (m *Machine) attestDue(ctx context.Context) {
+	m.mu.Lock()
+	var due []*workload
+	for _, w := range m.workloads {
+		if w.PID != 0 && time.Now().After(w.attestAt) {
+			w.attestAt = time.Now().Add(attestEvery)
+			due = append(due, w)
+		}
+	}
+	m.mu.Unlock()
+	for _, w := range due {
+		if err := m.attest(ctx, w, w.PID); err != nil {
+			// The first process may have ended while others go on: what was attested stands until the cgroup is empty.
+			m.log.Debug("a workload could not be attested again", "workload", w.Instance, "error", err)
+		}
+	}
+}
+
+// reportDue tells the server of workloads whose facts changed (all of them when full) and takes its answers.
+// It reports whether the server has been reached.
+func (m *Machine) reportDue(ctx context.Context, full bool) bool {
+	m.mu.Lock()
+	report := fleet.Report{Full: full}
+	var told []*workload
+	for _, w := range m.workloads {
+		if w.Facts.Len() > 0 && (w.dirty || full) {
+			report.Present = append(report.Present, fleet.Observed{Instance: w.Instance, Facts: w.Facts, Listen: w.Listen})
+			w.dirty = false
+			told = append(told, w)
+		}
+	}
+	m.mu.Unlock()
+	if len(told) == 0 && !full {
+		return false
+	}
+	assigned, err := m.cfg.Upstream.Report(ctx, report)
+	if err != nil {
+		m.mu.Lock()
+		for _, w := range told {
+			w.dirty = true
+		}
+		m.mu.Unlock()
+		m.log.Debug("workloads were not reported; it will be tried again", "error", err)
+		return false
+	}
+	for _, a := range assigned {
+		m.assign(a)
+	}
+	return true
+}
+
+// assign takes the server's answer about one workload.
+func (m *Machine) assign(a fleet.Assigned) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	w, ok := m.workloads[a.Instance]
+	if !ok {
+		return
+	}
+	if a.ID == w.ID && (a.Refusal == nil) == (w.refused == nil) && !w.ID.IsZero() {
+		return
+	}
+	if a.ID != w.ID {
+		w.svid, w.renewAt, w.jwts = nil, time.Time{}, map[string]*cachedJWT{}
+	}
+	w.ID, w.refused, w.Refusal, w.Issuance = a.ID, nil, "", a.Issuance
+	if a.Refusal != nil {
+		w.refused = a.Refusal.Err()
+		w.Refusal = w.refused.Error()
+	}
+	w.touch()
+	m.wake()
+}
+
+// gone tells the server that a workload ended; what it does not hear now it learns from the next full report.
+func (m *Machine) gone(instance string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if _, err := m.cfg.Upstream.Report(ctx, fleet.Report{Gone: []string{instance}}); err != nil {
+		m.log.Debug("the end of a workload was not reported; the next full report will", "workload", instance, "error", err)
+	}
+}
+
+// controlEvent tells of the machine's own life.
+func (m *Machine) controlEvent(kind, message string, attrs map[string]any) {
+	e := event.New(event.Control, kind)
+	e.Machine, e.Message, e.Attrs = m.cfg.ID, message, attrs
+	m.cfg.Sink.Emit(e)
+}
