@@ -47,6 +47,7 @@ type Engine struct {
 	byID     map[cedar.PolicyID]int
 	index    index
 	named    map[types.EntityUID][]policy.Ref
+	mentions mentions
 	model    *model // nil: requests are not checked against a schema
 }
 
@@ -69,7 +70,7 @@ func fileName(file string, inFile, _ int) string { return file + "#" + strconv.I
 
 func compile(files []File, m *model, validate bool, name naming) (*Engine, error) {
 	var ps problems
-	e := &Engine{byID: map[cedar.PolicyID]int{}, named: map[types.EntityUID][]policy.Ref{}, model: m}
+	e := &Engine{byID: map[cedar.PolicyID]int{}, named: map[types.EntityUID][]policy.Ref{}, mentions: newMentions(), model: m}
 	total, names := 0, map[string]bool{}
 	if len(files) > maxFiles {
 		ps.refuse(codeTooMany, "policies", fmt.Sprintf("there are more than %d files", maxFiles), "join some of them")
@@ -140,6 +141,9 @@ func (e *Engine) addFile(f File, validate bool, name naming, ps *problems) {
 		}
 		if validate {
 			e.model.check(c.ast, what, ps)
+		}
+		for _, cond := range c.ast.Conditions {
+			e.mentions.read(cond.Body)
 		}
 		e.byID[c.id] = len(e.policies)
 		e.policies = append(e.policies, c)

@@ -25,7 +25,7 @@ func (e *Engine) Decide(ctx context.Context, r *policy.Request) (policy.Verdict,
 	if err := ctx.Err(); err != nil {
 		return policy.Deny, undecided(err), err
 	}
-	q, err := ask(r, e.model)
+	q, err := ask(r, e.model, &e.mentions)
 	if err != nil {
 		return policy.Deny, undecided(err), err
 	}

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 
 	"github.com/cedar-policy/cedar-go"
@@ -70,6 +72,7 @@ func evaluate(w io.Writer, schemaText []byte, files []File, entities, requests i
 	if err != nil {
 		return unevaluated("entities", err)
 	}
+	shapes := m.contexts()
 	var s scratch
 	in, out := bufio.NewReaderSize(requests, 64<<10), bufio.NewWriter(w)
 	for n := 1; ; n++ {
@@ -89,7 +92,7 @@ func evaluate(w io.Writer, schemaText []byte, files []File, entities, requests i
 		if len(bytes.TrimSpace(line)) == 0 {
 			continue
 		}
-		r, err := readRequest(line, m)
+		r, err := readRequest(line, shapes)
 		if err != nil {
 			return errors.Join(out.Flush(), unevaluated(what, err))
 		}
@@ -99,13 +102,23 @@ func evaluate(w io.Writer, schemaText []byte, files []File, entities, requests i
 				s.matches = append(s.matches, int32(i)) //nolint:gosec // at most maxPolicies
 			}
 		} else {
-			e.index.candidates(&s, r.Principal, r.Action, r.Resource, store)
+			e.index.candidates(&s, r.Principal, r.Action, r.Resource, stored{store})
 		}
 		verdict, diag := e.answer(s.matches, store, r.Principal, r.Action, r.Resource, r.Context)
 		if err := writeResult(out, verdict, diag); err != nil {
 			return fmt.Errorf("write result: %w", err)
 		}
 	}
+}
+
+// stored is the lineage of a store of entities.
+type stored struct{ types.EntityMap }
+
+func (s stored) parents(into []types.EntityUID, uid types.EntityUID) []types.EntityUID {
+	if e, ok := s.Get(uid); ok {
+		into = slices.AppendSeq(into, e.Parents.All())
+	}
+	return into
 }
 
 func unevaluated(what string, err error) error {
@@ -172,7 +185,7 @@ func (u *uidJSON) UnmarshalJSON(b []byte) error {
 	return u.EntityUID.UnmarshalJSON(b)
 }
 
-func readRequest(line []byte, m *model) (cedar.Request, error) {
+func readRequest(line []byte, c contexts) (cedar.Request, error) {
 	var in struct {
 		Principal *uidJSON        `json:"principal"`
 		Action    *uidJSON        `json:"action"`
@@ -192,37 +205,46 @@ func readRequest(line []byte, m *model) (cedar.Request, error) {
 	if err := r.Context.UnmarshalJSON(in.Context); err != nil {
 		return r, fmt.Errorf("context: %w", err)
 	}
-	if m != nil {
-		r.Context = coerce(r.Context, m, r.Action)
-	}
+	r.Context = c.coerce(r.Context, r.Action)
 	return r, nil
 }
 
-// coerce reads values of a context that are in the schema's short forms (an address as a string, an entity as
-// {"type","id"}) by the schema. It borrows the entity reader, which is the only one that cedar-go has for this.
-func coerce(context types.Record, m *model, action types.EntityUID) types.Record {
-	a, ok := m.schema.Actions[action]
-	if !ok || a.AppliesTo == nil || context.Len() == 0 {
+// contexts is, for each action of a schema, a schema that has its context as an entity type: cedar-go reads values by a
+// schema only within entities.
+type contexts map[types.EntityUID]*resolved.Schema
+
+const contextType = "Context"
+
+func (m *model) contexts() contexts {
+	if m == nil {
+		return nil
+	}
+	shapes := make(contexts, len(m.schema.Actions))
+	for uid, a := range m.schema.Actions {
+		if a.AppliesTo == nil || len(a.AppliesTo.Context) == 0 {
+			continue
+		}
+		entities := maps.Clone(m.schema.Entities)
+		entities[contextType] = resolved.Entity{Name: contextType, Shape: a.AppliesTo.Context}
+		shapes[uid] = &resolved.Schema{Entities: entities, Enums: m.schema.Enums}
+	}
+	return shapes
+}
+
+// coerce reads what a context has in the schema's short forms (an address as a string, an entity as {"type","id"}). A
+// context that does not fit the schema stays as it is.
+func (c contexts) coerce(context types.Record, action types.EntityUID) types.Record {
+	shape, ok := c[action]
+	if !ok || context.Len() == 0 {
 		return context
 	}
-	const as = "Context"
-	holder := types.Entity{UID: types.NewEntityUID(as, ""), Attributes: context}
-	data, err := json.Marshal(holder)
+	data, err := json.Marshal(types.Entity{UID: types.NewEntityUID(contextType, ""), Attributes: context})
 	if err != nil {
 		return context
 	}
-	shape := &resolved.Schema{
-		Entities: map[types.EntityType]resolved.Entity{as: {Name: as, Shape: a.AppliesTo.Context}},
-		Enums:    m.schema.Enums,
-	}
-	for t, e := range m.schema.Entities {
-		if t != as {
-			shape.Entities[t] = e
-		}
-	}
 	var read exptypes.Entity
 	if err := read.UnmarshalJSONWithSchema(data, shape); err != nil {
-		return context // it does not fit the schema: evaluated as it stands
+		return context
 	}
 	return read.Attributes
 }

@@ -175,12 +175,8 @@ func scopeFault(part string, scope ast.IsScopeNode, asked types.EntityUID, q *qu
 }
 
 func within(asked types.EntityUID, q *question, groups ...types.EntityUID) bool {
-	for _, f := range family(nil, asked, q) {
-		if slices.Contains(groups, f) {
-			return true
-		}
-	}
-	return false
+	var s scratch
+	return slices.ContainsFunc(s.ancestry(asked, q), func(u types.EntityUID) bool { return slices.Contains(groups, u) })
 }
 
 func uids(list []types.EntityUID) string {

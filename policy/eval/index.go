@@ -136,21 +136,30 @@ func (c *constraints) met(into []int32, uid types.EntityUID, family []types.Enti
 	return into
 }
 
+// lineage knows the direct parents of entities.
+type lineage interface {
+	// parents appends the parents of uid; of an entity that is not known, none.
+	parents(into []types.EntityUID, uid types.EntityUID) []types.EntityUID
+}
+
 // scratch is what one decision works with; decisions reuse it through a pool.
 type scratch struct {
-	family  []types.EntityUID
-	met     [3][]int32
-	matches []int32
+	family, parents []types.EntityUID
+	met             [3][]int32
+	matches         []int32
 }
 
 // candidates fills s.matches with the policies whose scope can match, in order, once each.
-func (x *index) candidates(s *scratch, principal, action, resource types.EntityUID, entities types.EntityGetter) {
+func (x *index) candidates(s *scratch, principal, action, resource types.EntityUID, kin lineage) {
 	for part, uid := range [3]types.EntityUID{principal, action, resource} {
-		s.family = family(s.family[:0], uid, entities)
+		s.family = s.family[:0]
+		if len(x.parts[part].in) > 0 {
+			s.family = s.ancestry(uid, kin)
+		}
 		s.met[part] = x.parts[part].met(s.met[part][:0], uid, s.family)
 	}
 	s.matches = s.matches[:0]
-	if len(s.met[0])*len(s.met[1])*len(s.met[2]) > max(x.size, 64) { // more buckets than policies: ask them all
+	if len(s.met[0])*len(s.met[1])*len(s.met[2]) > max(x.size, minBuckets) { // more buckets than policies: ask them all
 		for i := range x.size {
 			s.matches = append(s.matches, int32(i)) //nolint:gosec // at most maxPolicies
 		}
@@ -167,33 +176,34 @@ func (x *index) candidates(s *scratch, principal, action, resource types.EntityU
 	s.matches = slices.Compact(s.matches) // an action may meet several members of one `in [..]`
 }
 
-// family appends uid and all its ancestors: what uid is `in`, as Cedar has it. A parent that is not among the entities
-// is still a parent.
-func family(into []types.EntityUID, uid types.EntityUID, entities types.EntityGetter) []types.EntityUID {
+// minBuckets is how many buckets are looked into however few policies there are.
+const minBuckets = 64
+
+// ancestry returns uid and all its ancestors: what uid is `in`, as Cedar has it. A parent that is not known itself is
+// still a parent. The result is good until the next call.
+func (s *scratch) ancestry(uid types.EntityUID, kin lineage) []types.EntityUID {
 	const few = 32 // up to here a list is quicker to search than a map
-	into = append(into, uid)
+	found := append(s.family[:0], uid)
 	var seen map[types.EntityUID]struct{}
-	for i := 0; i < len(into); i++ {
-		e, ok := entities.Get(into[i])
-		if !ok {
-			continue
-		}
-		for p := range e.Parents.All() {
-			if len(into) > few && seen == nil {
-				seen = make(map[types.EntityUID]struct{}, 2*len(into))
-				for _, u := range into {
+	for i := 0; i < len(found); i++ {
+		s.parents = kin.parents(s.parents[:0], found[i])
+		for _, p := range s.parents {
+			if seen == nil && len(found) > few {
+				seen = make(map[types.EntityUID]struct{}, 2*len(found))
+				for _, u := range found {
 					seen[u] = struct{}{}
 				}
 			}
 			if seen == nil {
-				if !slices.Contains(into, p) {
-					into = append(into, p)
+				if !slices.Contains(found, p) {
+					found = append(found, p)
 				}
 			} else if _, dup := seen[p]; !dup {
 				seen[p] = struct{}{}
-				into = append(into, p)
+				found = append(found, p)
 			}
 		}
 	}
-	return into
+	s.family = found
+	return found
 }

@@ -27,6 +27,7 @@ const (
 type Predicate struct {
 	text string
 	body ast.IsNode
+	keep filter // the keys of context that it mentions
 }
 
 // CompilePredicate compiles an expression like
@@ -66,7 +67,13 @@ func CompilePredicate(expr string) (*Predicate, error) {
 	if why != "" || !ast.Equal(ast.NewNode(body), ast.NewNode(again)) {
 		return refuse("it does not survive being written out and read again")
 	}
-	return &Predicate{text: expr, body: body}, nil
+	said := newMentions()
+	said.read(body)
+	p := &Predicate{text: expr, body: body, keep: said.attr}
+	if said.wholeContext {
+		p.keep = everything
+	}
+	return p, nil
 }
 
 // String returns the text that it was compiled from.
@@ -78,7 +85,7 @@ func (p *Predicate) String() string { return p.text }
 // malformed-request for a record that is no record of a policy. A caller takes an error for "does not match", and shows it.
 func (p *Predicate) Match(facts policy.Record) (bool, error) {
 	var c converter
-	context, f := c.record(facts, nil, 0)
+	context, f := c.record(facts, nil, 0, p.keep)
 	if f != nil {
 		return false, f.under("context").refusal()
 	}

@@ -9,8 +9,9 @@ import (
 // cost grows with these. They also bound a predicate.
 const (
 	maxNesting = 64     // brackets open at once
-	maxTokens  = 10_000 // tokens of one policy; no recursion goes deeper than its tokens
-	maxChain   = 64     // attributes in one chain a.b.c: `has` expands it quadratically
+	maxTokens  = 10_000 // words and marks of one policy; no recursion goes deeper
+	maxWeight  = 40_000 // tokens after `x has a.b.c`, which repeats x and the chain for each link, is written out
+	maxChain   = 64     // attributes in one chain a.b.c
 	maxUnary   = 4      // unary operators in a row, as Cedar's reference implementation has it
 )
 
@@ -35,7 +36,7 @@ func split(text []byte, each func(span) bool) {
 		c := text[s.pos]
 		switch {
 		case c == '"':
-			s.token(c)
+			s.token(c, nil)
 			s.str()
 		case c == '/' && s.at(1) == '/':
 			for s.pos < len(text) && text[s.pos] != '\n' {
@@ -52,12 +53,16 @@ func split(text []byte, each func(span) bool) {
 		case c == ' ' || c == '\t' || c == '\n' || c == '\r':
 			s.next()
 		case wordByte(c):
-			s.token('a')
-			for s.pos < len(text) && wordByte(text[s.pos]) {
+			end := s.pos
+			for end < len(text) && wordByte(text[end]) {
+				end++
+			}
+			s.token('a', text[s.pos:end])
+			for s.pos < end {
 				s.next()
 			}
 		default:
-			s.token(c)
+			s.token(c, nil)
 			s.next()
 			if c == ';' {
 				if !each(s.end()) {
@@ -80,12 +85,21 @@ type splitter struct {
 	tokens       int
 	nesting      int
 	chain, unary int
-	last         byte // first byte of the token before, 'a' for any word
+	last         byte    // first byte of the token before, 'a' for any word
+	levels       []level // one a bracket that is open, and one below
+}
+
+// level is what stands between one pair of brackets: the weight of the operand that is being read, and of those before.
+type level struct {
+	operand, before int
+	base            int  // weight of the operand when its `has` came
+	has             bool // within the chain after `has`
 }
 
 func (s *splitter) begin() {
 	s.cur = span{offset: s.pos, line: s.line, column: s.column}
 	s.tokens, s.nesting, s.chain, s.unary, s.last = 0, 0, 0, 0, 0
+	s.levels = append(s.levels[:0], level{})
 }
 
 func (s *splitter) end() span {
@@ -127,8 +141,8 @@ func (s *splitter) str() {
 	}
 }
 
-// token counts one token that begins with c against the bounds.
-func (s *splitter) token(c byte) {
+// token counts one token that begins with c, 'a' for a word, against the bounds.
+func (s *splitter) token(c byte, word []byte) {
 	if s.tokens++; s.tokens == 1 {
 		s.cur.offset, s.cur.line, s.cur.column = s.pos, s.line, s.column
 	}
@@ -153,6 +167,7 @@ func (s *splitter) token(c byte) {
 	if s.cur.code != "" {
 		return
 	}
+	weight := s.weigh(c, word)
 	switch {
 	case s.nesting > maxNesting:
 		s.cur.code, s.cur.why = codeTooDeep, fmt.Sprintf("its brackets are nested deeper than %d", maxNesting)
@@ -162,7 +177,40 @@ func (s *splitter) token(c byte) {
 		s.cur.code, s.cur.why = codeTooDeep, fmt.Sprintf("there are more than %d unary operators in a row", maxUnary)
 	case s.tokens > maxTokens:
 		s.cur.code, s.cur.why = codeTooLarge, fmt.Sprintf("it has more than %d tokens", maxTokens)
+	case weight > maxWeight:
+		s.cur.code, s.cur.why = codeTooLarge, "its chains after `has` are too long when written out"
 	}
+}
+
+// weigh keeps the weight of the expression when `x has a.b` is written out as `x has a && x.a has b`, as the parser does:
+// nested, that doubles with each level. It returns the weight so far of the innermost bracket.
+func (s *splitter) weigh(c byte, word []byte) int {
+	top := &s.levels[len(s.levels)-1]
+	switch {
+	case c == '(' || c == '[' || c == '{':
+		top.operand++
+		if len(s.levels) <= maxNesting {
+			s.levels = append(s.levels, level{})
+		}
+		return 0
+	case c == ')' || c == ']' || c == '}':
+		if n := len(s.levels) - 1; n > 0 {
+			s.levels = s.levels[:n]
+			s.levels[n-1].operand += top.before + top.operand
+			top = &s.levels[n-1]
+		}
+		top.has = false
+	case c == '&' || c == '|' || c == ',' || c == '=' || c == '<' || c == '>':
+		top.before, top.operand, top.has = top.before+top.operand, 0, false
+	case string(word) == "has":
+		top.base, top.has = top.operand, true
+	case c == '.' && top.has:
+		top.operand += top.base + s.chain
+	case c != 'a':
+		top.has = false
+	}
+	top.operand++
+	return top.before + top.operand
 }
 
 func wordByte(c byte) bool {

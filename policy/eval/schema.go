@@ -4,9 +4,12 @@ import (
 	"bytes"
 	_ "embed"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/cedar-policy/cedar-go/types"
+	"github.com/cedar-policy/cedar-go/x/exp/ast"
 	"github.com/cedar-policy/cedar-go/x/exp/schema"
 	"github.com/cedar-policy/cedar-go/x/exp/schema/resolved"
 	"github.com/cedar-policy/cedar-go/x/exp/schema/validate"
@@ -49,4 +52,83 @@ func (m *model) action(uid types.EntityUID) (types.Entity, bool) {
 	}
 	a, ok := m.schema.Actions[uid]
 	return a.Entity, ok
+}
+
+// check validates a policy against the schema, strictly (as Cedar's validator does: every access to an optional
+// attribute is guarded, every operand has its type, the scope can match some action).
+func (m *model) check(p *ast.Policy, what string, ps *problems) {
+	faults := m.faults(p)
+	slices.Sort(faults) // the validator's order is random
+	faults = slices.Compact(faults)
+	for i, why := range faults {
+		if left := len(faults) - i; i == maxFindings-1 && left > 1 {
+			ps.refuse(codeInvalid, what, fmt.Sprintf("%s (and %d more findings)", quote(why), left-1), advice(why))
+			return
+		}
+		ps.refuse(codeInvalid, what, quote(why), advice(why))
+	}
+}
+
+// maxFindings bounds how many findings about one policy are listed: a wrong attribute gives one for each type that the
+// scope allows.
+const maxFindings = 4
+
+// faults returns what the validator finds. It never panics: a failure of the validator refuses the policy.
+func (m *model) faults(p *ast.Policy) (why []string) {
+	defer func() {
+		if r := recover(); r != nil {
+			why = []string{"the validator failed on this policy"}
+		}
+	}()
+	return messages(m.validator.Policy("", p))
+}
+
+// messages flattens joined errors.
+func messages(err error) []string {
+	if err == nil {
+		return nil
+	}
+	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // takes a joined error apart
+		var out []string
+		for _, e := range joined.Unwrap() {
+			out = append(out, messages(e)...)
+		}
+		return out
+	}
+	return []string{err.Error()}
+}
+
+// advice says what to do about a finding of the validator.
+func advice(why string) string {
+	switch {
+	case strings.Contains(why, "unrecognized action"), strings.Contains(why, "unrecognized entity type"):
+		return "use a name of the published schema, as in Net::Action::\"connect\" or Service::\"orders\""
+	case strings.Contains(why, "unable to guarantee safety of access to optional"):
+		return "guard it: `x has attribute && x.attribute …`"
+	case strings.Contains(why, "unable to guarantee safety of access to tag"):
+		return "guard it: `x.hasTag(\"key\") && x.getTag(\"key\") …`"
+	case strings.Contains(why, "applicable action"):
+		return "name a principal and a resource that the schema allows for the action"
+	case strings.Contains(why, "not found"):
+		return "use an attribute of the published schema; labels are tags"
+	default:
+		return "correct the policy by the published schema"
+	}
+}
+
+// depth returns how deep the tree of an expression is; it stops counting above limit.
+func depth(n ast.IsNode, limit int) int {
+	if n == nil || limit < 0 {
+		return 1
+	}
+	deepest, root := 0, true
+	ast.Inspect(ast.NewNode(n), func(child ast.IsNode) bool {
+		if root {
+			root = false
+			return true
+		}
+		deepest = max(deepest, depth(child, limit-1))
+		return false
+	})
+	return deepest + 1
 }
