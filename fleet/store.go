@@ -19,8 +19,8 @@ var (
 // Store is where the fleet keeps its state. fleettest.TestStores is its conformance suite.
 //
 // Durability: what Update did is on disk when it returns nil, all of it or, if fn or the commit failed, nothing.
-// Isolation: updates are serializable, one after another; a view sees one state. fn may be short of retries: it runs
-// once. fn must not keep tx, nor call the store again (it would deadlock). Concurrency: safe.
+// Isolation: updates are serializable, one after another; a view sees one state. fn may run more than once
+// (a store that retries), and must not keep tx, nor call the store again (it would deadlock). Concurrency: safe.
 type Store interface {
 	View(ctx context.Context, fn func(tx Tx) error) error
 	Update(ctx context.Context, fn func(tx Tx) error) error
