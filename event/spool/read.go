@@ -169,6 +169,7 @@ func (s *Spool) removeAcked() {
 		}
 		s.bytes -= s.segments[0].size
 		s.segments = s.segments[1:]
+		s.speak()
 	}
 }
 
@@ -218,7 +219,7 @@ func (s *Spool) recover(fresh bool) error {
 	}
 	s.removeAcked()
 	if !fresh && !s.state.Clean {
-		s.lose(LostUnclean, 0, MaxPending)
+		s.lose(LostUnclean, 0, 2*MaxPending) // a channel full, and a batch on its way to the disk
 	}
 	s.state.Clean = false
 	return s.saveState(true)

@@ -101,7 +101,8 @@ type Spool struct {
 	last     uint64     // sequence number on disk
 	synced   uint64     // … and safe from a power cut
 	arrived  chan struct{}
-	failing  bool // the disk refuses events; logged once
+	failing  bool      // the disk refuses events; logged once
+	mute     time.Time // until then losses are not told
 
 	readMu sync.Mutex // guards where
 	where  position

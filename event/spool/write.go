@@ -13,6 +13,10 @@ import (
 	"github.com/redoubtsec/redoubt/event"
 )
 
+// noteRetry is how long notes of losses are held back once there was no room for an event: notes are small, and would
+// fill the last of it.
+const noteRetry = 10 * time.Second
+
 // Run writes what is emitted until ctx ends, and then what is left in memory. It returns nil; what the disk refuses is
 // lost and counted, as there is nobody to stop for it.
 func (s *Spool) Run(ctx context.Context) error {
@@ -73,7 +77,10 @@ func (s *Spool) drain() {
 func (s *Spool) write(batch [][]byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	told := s.takeLosses()
+	var told map[Reason]*loss
+	if time.Now().After(s.mute) {
+		told = s.takeLosses()
+	}
 	rows := make([][]byte, 0, len(told)+len(batch))
 	for _, reason := range slices.Sorted(maps.Keys(told)) {
 		rows = append(rows, lossNote(reason, told[reason]))
@@ -85,11 +92,16 @@ func (s *Spool) write(batch [][]byte) {
 		s.meter.Count("spool_events", int64(done))
 		close(s.arrived)
 		s.arrived = make(chan struct{})
+		s.speak()
+	}
+	if notes > 0 && done >= notes {
+		_ = s.saveState(false) // logged; without it a killed process would tell them twice
 	}
 	if done == len(rows) {
 		return
 	}
-	// Notes that were not written are told later; events that were not are lost.
+	// Notes that were not written are told later, when there is room for more than them; events that were not are lost.
+	s.mute = time.Now().Add(noteRetry)
 	for i, r := range slices.Sorted(maps.Keys(told)) {
 		if i >= done {
 			s.returnLoss(r, told[r])
@@ -145,6 +157,15 @@ func (s *Spool) append(rows [][]byte) (done int, reason Reason) {
 	return done, ""
 }
 
+// speak lets losses be told again: there is room.
+func (s *Spool) speak() {
+	s.mute = time.Time{}
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
 func (s *Spool) tail() *segment { return &s.segments[len(s.segments)-1] }
 
 // rotate syncs the active segment and begins the next. On an error the active one stays.
@@ -154,7 +175,11 @@ func (s *Spool) rotate() error {
 	}
 	next := segment{path: segmentPath(s.dir, s.last+1), first: s.last + 1}
 	if len(s.segments) > 0 && s.tail().first == next.first {
-		return fmt.Errorf("segment %d could not be written at all", next.first)
+		if err := s.active.Truncate(0); err != nil { // its first write failed by halves, and could not be undone then
+			return err
+		}
+		s.fresh = false
+		return nil
 	}
 	f, err := os.OpenFile(next.path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
