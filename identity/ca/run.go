@@ -66,8 +66,12 @@ func (a *Authority) Status() Status {
 // problems says what signing would be refused for now, and warns of the end of the root.
 func (a *Authority) problems(r *ring, now time.Time) []string {
 	var out []string
-	for _, k := range []*key{r.active(X509), r.active(JWT)} {
-		if _, err := within(k.span(), now, a.cfg.SVIDTTL, MinTTL, "signing", k.String()); err != nil {
+	for _, s := range []struct {
+		use Use
+		ttl time.Duration
+	}{{X509, a.cfg.SVIDTTL}, {JWT, a.cfg.JWTTTL}} {
+		k := r.active(s.use)
+		if _, err := within(k.span(), now, s.ttl, leastSVID(s.ttl), "signing", k.String()); err != nil {
 			out = append(out, err.Error())
 		}
 	}
