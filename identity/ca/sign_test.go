@@ -156,7 +156,8 @@ func TestOpenSSLTakesTheChain(t *testing.T) {
 	}{
 		"workload": {id: id(t, "/service/orders")},
 		"server": {
-			id(t, "/server"), ca.SignOptions{DNSNames: []string{"redoubt.example.org"}, Addresses: []netip.Addr{netip.MustParseAddr("::1")}},
+			id(t, "/server"),
+			ca.SignOptions{DNSNames: []string{"redoubt.example.org"}, Addresses: []netip.Addr{netip.MustParseAddr("::1")}},
 			[]string{"-verify_hostname", "redoubt.example.org", "-verify_ip", "::1"},
 		},
 	} {
