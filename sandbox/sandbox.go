@@ -20,6 +20,8 @@ package sandbox
 import (
 	"errors"
 	"os"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -154,4 +156,43 @@ type ProveConfig struct {
 	Meter event.Meter
 	// Now is the clock of Proved. nil: time.Now.
 	Now func() time.Time
+}
+
+// Lacks says, one clause each, what keeps this process from being held in its cgroup; none if it is confined as [Start]
+// confines.
+func (c Confined) Lacks() []string {
+	var lacks []string
+	add := func(bad bool, why string) {
+		if bad {
+			lacks = append(lacks, why)
+		}
+	}
+	add(slices.Contains(c.UIDs[:], 0), "it runs as root")
+	add(slices.Contains(c.GIDs[:], 0), "its group is root's")
+	add(len(c.Groups) > 0, "it has supplementary groups")
+	add(c.Permitted|c.Effective|c.Inheritable|c.Ambient != 0, "it has capabilities")
+	add(c.Bounding != 0, "its capability bounding set is not empty")
+	add(!c.NoNewPrivs, "it may gain privileges by exec (no_new_privs is not set)")
+	add(c.Filters == 0, "its system calls are not filtered")
+	add(len(c.WritableCgroupfs) > 0, "cgroupfs is writable in its mount namespace")
+	return lacks
+}
+
+// Protection returns the protection of the workload that this is, given what [Prove] found on the machine. It is
+// enforced only if nothing lacks and the attack on the whole was refused.
+func (c Confined) Protection(machine, workload string, proofs []policy.Protection) policy.Protection {
+	p := policy.Protection{Machine: machine, Workload: workload, Name: Whole, State: policy.NotEnforceable}
+	lacks := c.Lacks()
+	i := slices.IndexFunc(proofs, func(p policy.Protection) bool { return p.Name == Whole })
+	switch {
+	case c.UIDs[1] == 0:
+		return Privileged(machine, workload)
+	case len(lacks) > 0:
+		p.Reason, p.Change = strings.Join(lacks, "; "), changeNotOurs
+	case i < 0:
+		p.Reason, p.Change = "no probe has proved it on this machine yet", "run redoubt doctor"
+	default:
+		p.State, p.Proved, p.Reason, p.Change = proofs[i].State, proofs[i].Proved, proofs[i].Reason, proofs[i].Change
+	}
+	return p
 }

@@ -1,0 +1,216 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// What the prober is asked for, as its first argument; else the name of one attack.
+const probeAll = "all"
+
+// attackInChild are the attacks that need a process of their own: to be root of a user namespace, or to die of.
+const (
+	childPacket  = "child-packet"
+	childForeign = "child-foreign"
+)
+
+// probeMain is the program of the throw-away workload: it attacks its confinement and prints the outcomes.
+func probeMain(args []string) int {
+	if len(args) == 0 {
+		return StatusRefused
+	}
+	switch args[0] {
+	case childPacket:
+		return printed(packetSockets())
+	case childForeign:
+		return printed(foreignCalls())
+	case probeAll:
+	default:
+		return StatusRefused
+	}
+	bait := ""
+	if len(args) > 1 {
+		bait = args[1]
+	}
+	outcomes := []outcome{
+		leaveCgroup(), writeCgroupfs(), ioUring(), packet(), vsock(), capabilities(), noNewPrivs(), setUID(bait),
+	}
+	if haveForeignCalls {
+		outcomes = append(outcomes, inChild(ProtectForeign, childForeign, nil))
+	}
+	return printed(outcomes...)
+}
+
+func printed(outcomes ...outcome) int {
+	if err := json.NewEncoder(os.Stdout).Encode(outcomes); err != nil {
+		return StatusRefused
+	}
+	return 0
+}
+
+// inChild runs one attack in a process of its own. One that dies of it (a kernel without 32-bit calls) has gained nothing.
+func inChild(name, attack string, attr *syscall.SysProcAttr) outcome {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args = []string{probeName, attack}
+	cmd.Env = []string{}
+	cmd.SysProcAttr = attr
+	out, err := cmd.Output()
+	var o []outcome
+	if err != nil || json.Unmarshal(out, &o) != nil || len(o) != 1 {
+		return outcome{Name: name, Refused: true, How: fmt.Sprintf("it did not come to it: %v", err)}
+	}
+	return o[0]
+}
+
+// first returns the first outcome that was not refused, else the last.
+func first(outcomes ...outcome) outcome {
+	for _, o := range outcomes {
+		if !o.Refused {
+			return o
+		}
+	}
+	return outcomes[len(outcomes)-1]
+}
+
+// leaveCgroup writes itself into the root of every cgroup mount and into its parent, and looks where it is then.
+func leaveCgroup() outcome {
+	before, _ := os.ReadFile("/proc/self/cgroup")
+	mounts, err := cgroupMounts("/proc/self")
+	if err != nil || len(before) == 0 {
+		return outcome{Name: ProtectCgroup, Refused: false, How: fmt.Sprintf("it cannot be seen where it is: %v", err)}
+	}
+	var last error
+	for _, m := range mounts {
+		for _, dir := range []string{m.point, filepath.Join(m.point, filepath.Dir(unifiedPath(before)))} {
+			f, err := os.OpenFile(filepath.Join(dir, "cgroup.procs"), os.O_WRONLY, 0)
+			if err == nil {
+				_, err = f.WriteString("0")
+				_ = f.Close()
+			}
+			last = err
+		}
+	}
+	after, _ := os.ReadFile("/proc/self/cgroup")
+	if string(before) != string(after) {
+		return outcome{Name: ProtectCgroup, How: fmt.Sprintf("it moved to %s", unifiedPath(after))}
+	}
+	return outcome{Name: ProtectCgroup, Refused: true, How: fmt.Sprint(last)}
+}
+
+// unifiedPath returns the path in the unified hierarchy of a /proc/PID/cgroup file.
+func unifiedPath(data []byte) string {
+	for line := range strings.Lines(string(data)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			return strings.TrimSuffix(path, "\n")
+		}
+	}
+	return "/"
+}
+
+// writeCgroupfs reports whether a cgroup mount can be written to, apart from who it is.
+func writeCgroupfs() outcome {
+	mounts, err := cgroupMounts("/proc/self")
+	if err != nil {
+		return outcome{Name: ProtectCgroupfs, How: err.Error()}
+	}
+	for _, m := range mounts {
+		var s unix.Statfs_t
+		if m.reachable("") && unix.Statfs(m.point, &s) == nil && s.Flags&unix.ST_RDONLY == 0 {
+			return outcome{Name: ProtectCgroupfs, How: m.point + " is writable"}
+		}
+	}
+	return outcome{Name: ProtectCgroupfs, Refused: true, How: "EROFS"}
+}
+
+func ioUring() outcome {
+	for _, nr := range []uintptr{unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER, unix.SYS_IO_URING_REGISTER} {
+		// Arguments without sense: a call that reaches the kernel fails otherwise than by EPERM.
+		if _, _, errno := unix.Syscall6(nr, ^uintptr(0), 0, 0, 0, 0, 0); errno != unix.EPERM {
+			return outcome{Name: ProtectIOUring, How: fmt.Sprintf("call %d was answered by %v", nr, errno)}
+		}
+	}
+	return outcome{Name: ProtectIOUring, Refused: true, How: "EPERM"}
+}
+
+// packet tries as it is, and as root of a user and network namespace, where CAP_NET_RAW is to be had for nothing.
+func packet() outcome {
+	id := func(n int) []syscall.SysProcIDMap { return []syscall.SysProcIDMap{{HostID: n, Size: 1}} }
+	return first(packetSockets(), inChild(ProtectPacket, childPacket, &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET, UidMappings: id(os.Getuid()), GidMappings: id(os.Getgid()),
+	}))
+}
+
+func packetSockets() outcome {
+	return first(
+		trySocket(ProtectPacket, unix.AF_PACKET, unix.SOCK_RAW), trySocket(ProtectPacket, unix.AF_PACKET, unix.SOCK_DGRAM),
+		trySocket(ProtectPacket, unix.AF_INET, sockPacket),
+	)
+}
+
+func vsock() outcome {
+	return first(trySocket(ProtectVsock, unix.AF_VSOCK, unix.SOCK_STREAM), trySocket(ProtectVsock, unix.AF_VSOCK, unix.SOCK_DGRAM))
+}
+
+func trySocket(name string, family, kind int) outcome {
+	fd, err := unix.Socket(family, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return outcome{Name: name, Refused: true, How: unix.ErrnoName(asErrno(err))}
+	}
+	_ = unix.Close(fd)
+	return outcome{Name: name, How: fmt.Sprintf("a socket of family %d, type %d was made", family, kind)}
+}
+
+func asErrno(err error) unix.Errno {
+	var errno unix.Errno
+	errors.As(err, &errno)
+	return errno
+}
+
+func capabilities() outcome {
+	c, err := confinementOf("/proc/self", "")
+	if err != nil {
+		return outcome{Name: ProtectCaps, How: err.Error()}
+	}
+	if c.Inheritable|c.Permitted|c.Effective|c.Bounding|c.Ambient != 0 {
+		return outcome{Name: ProtectCaps, How: fmt.Sprintf(
+			"inheritable %x, permitted %x, effective %x, bounding %x, ambient %x",
+			c.Inheritable, c.Permitted, c.Effective, c.Bounding, c.Ambient,
+		)}
+	}
+	return outcome{Name: ProtectCaps, Refused: true, How: "all five sets are empty"}
+}
+
+func noNewPrivs() outcome {
+	set, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
+	if err != nil || set != 1 {
+		return outcome{Name: ProtectNoNewPrivs, How: "no_new_privs is not set"}
+	}
+	return outcome{Name: ProtectNoNewPrivs, Refused: true, How: "set"}
+}
+
+// setUID executes the set-user-id root program, by which the same user outside becomes root.
+func setUID(bait string) outcome {
+	if bait == "" {
+		return outcome{Name: ProtectSetUID, Refused: true, How: "no file system here honours the bit"}
+	}
+	cmd := exec.Command(bait)
+	cmd.Env = []string{}
+	err := cmd.Run()
+	if cmd.ProcessState == nil {
+		return outcome{Name: ProtectSetUID, Refused: true, How: fmt.Sprint(err)}
+	}
+	switch cmd.ProcessState.ExitCode() {
+	case statusIsRoot:
+		return outcome{Name: ProtectSetUID, How: "it became root"}
+	default:
+		return outcome{Name: ProtectSetUID, Refused: true, How: "it stayed who it was"}
+	}
+}
