@@ -107,24 +107,22 @@ func (f *Fleet) publish(ctx context.Context, kind ChangeKind, key string, payloa
 func (f *Fleet) reissue(ctx context.Context) error {
 	q := WorkloadQuery{State: WorkloadPresent, Limit: reissuePage}
 	for {
-		var n int
-		err := f.update(ctx, func(u *unit) error {
-			page, err := u.Workloads.Workloads(ctx, q)
-			if err != nil {
+		var page []Workload
+		err := f.update(ctx, func(u *unit) (err error) {
+			if page, err = u.Workloads.Workloads(ctx, q); err != nil {
 				return err
 			}
-			n = len(page)
 			for _, w := range page {
 				if err := f.reevaluate(ctx, u, w); err != nil {
 					return err
 				}
-				q.After = w.Instance
 			}
 			return nil
 		})
-		if err != nil || n < reissuePage {
+		if err != nil || len(page) < reissuePage {
 			return err
 		}
+		q.After = page[len(page)-1].Instance
 	}
 }
 
