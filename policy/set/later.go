@@ -130,7 +130,7 @@ func (d *documents) readIssuer(r *reader, doc Document, spec *yaml.Node) {
 	o.need("audiences", "list the audiences accepted; a token for somebody else is no credential here")
 	i := Issuer{
 		Document: doc, URL: o.url("url"), JWKSURL: o.url("jwks_url"),
-		Audiences: o.texts("audiences", maxAudiences, maxURL, "give different texts", func(string) string { return "" }),
+		Audiences:  o.texts("audiences", maxAudiences, maxURL, "give different texts", func(string) string { return "" }),
 		Algorithms: o.choices("algorithms", algorithms...), ClientID: o.text("client_id", maxURL),
 		ClientSecretFile: o.text("client_secret_file", maxPath),
 	}

@@ -48,7 +48,7 @@ type Set struct {
 	modes  map[string][]*Mode
 	// declared is the entities that Service and Address documents stand for.
 	declared map[policy.UID]policy.Entity
-	named  map[policy.UID]map[string]bool // never-touch service → ids of policies that name it
+	named    map[policy.UID]map[string]bool // never-touch service → ids of policies that name it
 }
 
 // Parse reads a set, whole or not at all: every file must be *.cedar, *.yaml or *.yml and everything in it known and
