@@ -7,7 +7,6 @@ import (
 
 	"github.com/cedar-policy/cedar-go/types"
 	"github.com/cedar-policy/cedar-go/x/exp/ast"
-	"github.com/cedar-policy/cedar-go/x/exp/schema/resolved"
 
 	"github.com/redoubtsec/redoubt/policy"
 )
@@ -83,7 +82,7 @@ func ask(r *policy.Request, m *model, said *mentions) (*question, error) {
 }
 
 // applies checks action, principal and resource against the schema, and returns the shape of the context, nil for any.
-func (m *model) applies(q *question) (*resolved.RecordType, error) {
+func (m *model) applies(q *question) (*shape, error) {
 	if m == nil {
 		return nil, nil
 	}
@@ -97,7 +96,7 @@ func (m *model) applies(q *question) (*resolved.RecordType, error) {
 	if !slices.Contains(a.AppliesTo.Resources, q.resource.Type) {
 		return nil, malformed("resource", fmt.Sprintf("%s does not apply to a resource of type %q", uid(q.action), quote(string(q.resource.Type))))
 	}
-	return &a.AppliesTo.Context, nil
+	return m.contexts[q.action], nil
 }
 
 // knows reports whether the schema has the type of uid, or the action that uid is.
@@ -105,11 +104,10 @@ func (m *model) knows(uid types.EntityUID) bool {
 	if m == nil {
 		return true
 	}
-	if _, ok := m.schema.Entities[uid.Type]; ok {
-		return true
-	}
-	_, ok := m.schema.Actions[uid]
-	return ok
+	_, entity := m.schema.Entities[uid.Type]
+	_, enum := m.schema.Enums[uid.Type]
+	_, action := m.schema.Actions[uid]
+	return entity || enum || action
 }
 
 func (q *question) add(e *policy.Entity) {

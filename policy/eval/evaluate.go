@@ -72,7 +72,7 @@ func evaluate(w io.Writer, schemaText []byte, files []File, entities, requests i
 	if err != nil {
 		return unevaluated("entities", err)
 	}
-	shapes := m.contexts()
+	contexts := newContextReader(m)
 	var s scratch
 	in, out := bufio.NewReaderSize(requests, 64<<10), bufio.NewWriter(w)
 	for n := 1; ; n++ {
@@ -92,7 +92,7 @@ func evaluate(w io.Writer, schemaText []byte, files []File, entities, requests i
 		if len(bytes.TrimSpace(line)) == 0 {
 			continue
 		}
-		r, err := readRequest(line, shapes)
+		r, err := readRequest(line, contexts)
 		if err != nil {
 			return errors.Join(out.Flush(), unevaluated(what, err))
 		}
@@ -185,7 +185,7 @@ func (u *uidJSON) UnmarshalJSON(b []byte) error {
 	return u.EntityUID.UnmarshalJSON(b)
 }
 
-func readRequest(line []byte, c contexts) (cedar.Request, error) {
+func readRequest(line []byte, contexts *contextReader) (cedar.Request, error) {
 	var in struct {
 		Principal *uidJSON        `json:"principal"`
 		Action    *uidJSON        `json:"action"`
@@ -205,45 +205,48 @@ func readRequest(line []byte, c contexts) (cedar.Request, error) {
 	if err := r.Context.UnmarshalJSON(in.Context); err != nil {
 		return r, fmt.Errorf("context: %w", err)
 	}
-	r.Context = c.coerce(r.Context, r.Action)
+	r.Context = contexts.read(r.Context, r.Action)
 	return r, nil
 }
 
-// contexts is, for each action of a schema, a schema that has its context as an entity type: cedar-go reads values by a
-// schema only within entities.
-type contexts map[types.EntityUID]*resolved.Schema
+// contextReader reads contexts by a schema. cedar-go does so within entities only, so a context is read as the attributes
+// of an entity, of a type whose name the schema does not have.
+//
+// Concurrency: of one goroutine.
+type contextReader struct {
+	schema *resolved.Schema // a copy that has the type too
+	as     types.EntityType
+}
 
-const contextType = "Context"
-
-func (m *model) contexts() contexts {
+func newContextReader(m *model) *contextReader {
 	if m == nil {
 		return nil
 	}
-	shapes := make(contexts, len(m.schema.Actions))
-	for uid, a := range m.schema.Actions {
-		if a.AppliesTo == nil || len(a.AppliesTo.Context) == 0 {
-			continue
-		}
-		entities := maps.Clone(m.schema.Entities)
-		entities[contextType] = resolved.Entity{Name: contextType, Shape: a.AppliesTo.Context}
-		shapes[uid] = &resolved.Schema{Entities: entities, Enums: m.schema.Enums}
+	c := &contextReader{schema: &resolved.Schema{Actions: m.schema.Actions, Enums: m.schema.Enums}, as: "Context"}
+	c.schema.Entities = maps.Clone(m.schema.Entities)
+	for m.knows(types.NewEntityUID(c.as, "")) {
+		c.as += "_"
 	}
-	return shapes
+	return c
 }
 
-// coerce reads what a context has in the schema's short forms (an address as a string, an entity as {"type","id"}). A
+// read reads what a context has in the schema's short forms (an address as a string, an entity as {"type","id"}). A
 // context that does not fit the schema stays as it is.
-func (c contexts) coerce(context types.Record, action types.EntityUID) types.Record {
-	shape, ok := c[action]
-	if !ok || context.Len() == 0 {
+func (c *contextReader) read(context types.Record, action types.EntityUID) types.Record {
+	if c == nil || context.Len() == 0 {
 		return context
 	}
-	data, err := json.Marshal(types.Entity{UID: types.NewEntityUID(contextType, ""), Attributes: context})
+	a, ok := c.schema.Actions[action]
+	if !ok || a.AppliesTo == nil {
+		return context
+	}
+	data, err := json.Marshal(types.Entity{UID: types.NewEntityUID(c.as, ""), Attributes: context})
 	if err != nil {
 		return context
 	}
+	c.schema.Entities[c.as] = resolved.Entity{Name: c.as, Shape: a.AppliesTo.Context}
 	var read exptypes.Entity
-	if err := read.UnmarshalJSONWithSchema(data, shape); err != nil {
+	if err := read.UnmarshalJSONWithSchema(data, c.schema); err != nil {
 		return context
 	}
 	return read.Attributes

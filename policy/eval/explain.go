@@ -98,9 +98,9 @@ func (x *index) almost(part int, s *scratch, yield func(int32) bool) {
 }
 
 // distance says how far a policy's scope is from the request in the part that is amiss: nearer if it speaks of the same
-// type of thing.
+// type of thing there, and if it names something in the other parts.
 func distance(p *ast.Policy, part int, q *question) int {
-	scope, asked := part2scope(p, part, q)
+	scope, asked := scopeOf(p, part, q)
 	var t types.EntityType
 	switch s := scope.(type) {
 	case ast.ScopeTypeEq:
@@ -116,13 +116,19 @@ func distance(p *ast.Policy, part int, q *question) int {
 			t = s.Entities[0].Type
 		}
 	}
-	if t == asked.Type {
-		return 0
+	far := 0
+	if t != asked.Type {
+		far = 10
 	}
-	return 1
+	for other := range partNames {
+		if scope, _ := scopeOf(p, other, q); scope == (ast.ScopeTypeAll{}) {
+			far++
+		}
+	}
+	return far
 }
 
-func part2scope(p *ast.Policy, part int, q *question) (ast.IsScopeNode, types.EntityUID) {
+func scopeOf(p *ast.Policy, part int, q *question) (ast.IsScopeNode, types.EntityUID) {
 	switch part {
 	case ofPrincipal:
 		return p.Principal, q.principal
@@ -137,7 +143,7 @@ func part2scope(p *ast.Policy, part int, q *question) (ast.IsScopeNode, types.En
 func scopeFaults(p *ast.Policy, q *question) []string {
 	var why []string
 	for part, name := range partNames {
-		scope, asked := part2scope(p, part, q)
+		scope, asked := scopeOf(p, part, q)
 		if f := scopeFault(name, scope, asked, q); f != "" {
 			why = append(why, f)
 		}

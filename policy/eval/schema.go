@@ -26,6 +26,25 @@ func Schema() []byte { return bytes.Clone(schemaText) }
 type model struct {
 	schema    *resolved.Schema
 	validator *validate.Validator
+	shapes    map[types.EntityType]*shape // of the attributes of an entity type
+	contexts  map[types.EntityUID]*shape  // of the context of an action
+}
+
+// shape is the type of a record; a nil shape is that of any record.
+type shape struct {
+	attrs    resolved.RecordType
+	required []types.String
+}
+
+func newShape(attrs resolved.RecordType) *shape {
+	s := &shape{attrs: attrs}
+	for name, a := range attrs {
+		if !a.Optional {
+			s.required = append(s.required, name)
+		}
+	}
+	slices.Sort(s.required)
+	return s
 }
 
 // published is the model of [Schema]. The text is embedded and a test resolves it, so that failing here is a defect of
@@ -42,7 +61,19 @@ func newModel(name string, text []byte) (*model, error) {
 	if err != nil {
 		return nil, fmt.Errorf("resolve schema: %w", err)
 	}
-	return &model{schema: r, validator: validate.New(r)}, nil
+	m := &model{
+		schema: r, validator: validate.New(r),
+		shapes: map[types.EntityType]*shape{}, contexts: map[types.EntityUID]*shape{},
+	}
+	for name, e := range r.Entities {
+		m.shapes[name] = newShape(e.Shape)
+	}
+	for uid, a := range r.Actions {
+		if a.AppliesTo != nil {
+			m.contexts[uid] = newShape(a.AppliesTo.Context)
+		}
+	}
+	return m, nil
 }
 
 // action returns the entity of an action of the schema, with its parents.

@@ -86,11 +86,11 @@ func (c *converter) check(e *policy.Entity) *fault {
 	if f := c.uid(e.UID); f != nil {
 		return f.under("uid")
 	}
-	var shape *resolved.RecordType
+	var attrs *shape
 	var kind resolved.Entity
 	if c.model != nil {
 		kind = c.model.schema.Entities[types.EntityType(e.UID.Type)]
-		shape = &kind.Shape
+		attrs = c.model.shapes[types.EntityType(e.UID.Type)]
 	}
 	if len(e.Parents) > maxParents {
 		return &fault{at: "parents", why: fmt.Sprintf("there are more than %d", maxParents)}
@@ -112,7 +112,7 @@ func (c *converter) check(e *policy.Entity) *fault {
 			return f.under("tags")
 		}
 	}
-	if _, f := c.record(e.Attrs, shape, 0, nothing); f != nil {
+	if _, f := c.record(e.Attrs, attrs, 0, nothing); f != nil {
 		return f.under("attrs")
 	}
 	return nil
@@ -126,15 +126,12 @@ func everything(string) bool { return true }
 func nothing(string) bool { return false }
 
 // record checks a record of the given shape, nil for any, and converts the keys that keep keeps.
-func (c *converter) record(r policy.Record, shape *resolved.RecordType, depth int, keep filter) (types.Record, *fault) {
+func (c *converter) record(r policy.Record, want *shape, depth int, keep filter) (types.Record, *fault) {
 	if depth > maxValueDepth {
 		return types.Record{}, &fault{why: fmt.Sprintf("records and sets are nested deeper than %d", maxValueDepth)}
 	}
-	if shape != nil {
-		for k, a := range *shape {
-			if a.Optional {
-				continue
-			}
+	if want != nil {
+		for _, k := range want.required {
 			if _, ok := r[string(k)]; !ok {
 				return types.Record{}, &fault{at: string(k), why: "the schema requires it, and it is absent"}
 			}
@@ -145,16 +142,16 @@ func (c *converter) record(r policy.Record, shape *resolved.RecordType, depth in
 		if f := c.count(len(k)); f != nil {
 			return types.Record{}, f
 		}
-		var want resolved.IsType
-		if shape != nil {
-			a, ok := (*shape)[types.String(k)]
+		var t resolved.IsType
+		if want != nil {
+			a, ok := want.attrs[types.String(k)]
 			if !ok {
 				return types.Record{}, &fault{at: k, why: "the schema does not have it here"}
 			}
-			want = a.Type
+			t = a.Type
 		}
 		kept := keep(k)
-		value, f := c.value(v, want, depth+1, kept)
+		value, f := c.value(v, t, depth+1, kept)
 		if f != nil {
 			return types.Record{}, f.under(k)
 		}
@@ -217,19 +214,19 @@ func (c *converter) value(v any, want resolved.IsType, depth int, keep bool) (ou
 		}
 		return out, nil
 	case policy.Record:
-		var shape *resolved.RecordType
+		var attrs *shape
 		if want != nil {
 			r, ok := want.(resolved.RecordType)
 			if !ok {
 				return nil, unwanted(want, "a record")
 			}
-			shape = &r
+			attrs = newShape(r)
 		}
 		if !keep {
-			_, f := c.record(v, shape, depth, nothing)
+			_, f := c.record(v, attrs, depth, nothing)
 			return nil, f
 		}
-		return boxed(c.record(v, shape, depth, everything))
+		return boxed(c.record(v, attrs, depth, everything))
 	case []any:
 		return c.set(v, want, depth, keep)
 	default:
