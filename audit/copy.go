@@ -31,7 +31,7 @@ func Copy(ctx context.Context, dir string, emit func(CopiedFile) error) (uint64,
 		name string
 		mode fs.FileMode
 	}{{SignerFile, 0o600}, {VerifierFile, 0o644}} {
-		raw, err := os.ReadFile(filepath.Join(dir, key.name)) //nolint:gosec // operator's path
+		raw, err := os.ReadFile(filepath.Join(dir, key.name))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // kept elsewhere, or not made yet
 		}
@@ -73,7 +73,7 @@ func Copy(ctx context.Context, dir string, emit func(CopiedFile) error) (uint64,
 		}
 		largest = max(largest, size)
 	}
-	return uint64(largest), nil //nolint:gosec // not negative
+	return uint64(largest), nil
 }
 
 // sizeOf returns the size of the tree that a checkpoint or state speaks of; neither is verified here.

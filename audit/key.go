@@ -49,7 +49,7 @@ func loadKey(dir, origin, given string) (keyPair, error) {
 			// Who reads this key can write another history under our name.
 			return keyPair{}, keyRefusal("signer.key is no regular file, or others may read it", "chmod 600 it, and find out who could read it", nil)
 		default:
-			raw, err := os.ReadFile(path) //nolint:gosec // the path is the operator's
+			raw, err := os.ReadFile(path)
 			if err != nil {
 				return keyPair{}, fmt.Errorf("audit signing key: %w", err)
 			}
@@ -97,7 +97,7 @@ func makeKey(path, origin string) (string, error) {
 
 // publishVerifier writes the verifier key unless the file holds it already.
 func publishVerifier(path, vkey string) error {
-	if old, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(old)) == vkey { //nolint:gosec // operator's path
+	if old, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(old)) == vkey {
 		return nil
 	}
 	tmp := path + ".new"
@@ -113,7 +113,7 @@ func publishVerifier(path, vkey string) error {
 
 // writeNew writes a file that must not exist and syncs it and its directory.
 func writeNew(path string, data []byte, perm fs.FileMode) (err error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm) //nolint:gosec // operator's path
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
 	if err != nil {
 		return err
 	}
@@ -135,7 +135,7 @@ func writeNew(path string, data []byte, perm fs.FileMode) (err error) {
 }
 
 func syncDir(dir string) error {
-	d, err := os.Open(dir) //nolint:gosec // operator's path
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
@@ -165,7 +165,7 @@ func verifierText(skey string) (string, error) {
 	if err != nil || len(raw) != 1+ed25519.SeedSize {
 		return "", keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up", nil)
 	}
-	public := ed25519.NewKeyFromSeed(raw[1:]).Public().(ed25519.PublicKey) //nolint:forcetypeassert // documented
+	public := ed25519.NewKeyFromSeed(raw[1:]).Public().(ed25519.PublicKey)
 	vkey, err := note.NewEd25519VerifierKey(parts[2], public)
 	if err != nil {
 		return "", fmt.Errorf("audit verifier key: %w", err)

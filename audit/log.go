@@ -56,7 +56,7 @@ func Open(ctx context.Context, cfg Config) (*Log, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("audit directory: %w", fullOr("audit directory", err))
 	}
-	if err := os.MkdirAll(logDir, 0o755); err != nil { //nolint:gosec // tiles are for serving; Dir keeps others out
+	if err := os.MkdirAll(logDir, 0o755); err != nil {
 		return nil, fmt.Errorf("audit directory: %w", fullOr("audit directory", err))
 	}
 	size, err := integratedSize(logDir)
@@ -170,7 +170,7 @@ type treeState struct {
 
 // integratedSize returns the size of the integrated tree, 0 if the log was never run.
 func integratedSize(logDir string) (uint64, error) {
-	raw, err := os.ReadFile(filepath.Join(logDir, stateFile)) //nolint:gosec // operator's path
+	raw, err := os.ReadFile(filepath.Join(logDir, stateFile))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		if _, err := os.Stat(filepath.Join(logDir, checkpointFile)); err == nil {
@@ -203,5 +203,5 @@ func (l *Log) publishedSize() (uint64, error) {
 			Do: "restore log and signer.key from the same back-up", Err: err,
 		}
 	}
-	return uint64(c.N), nil //nolint:gosec // ParseCheckpoint allows no negative size
+	return uint64(c.N), nil
 }

@@ -271,7 +271,7 @@ func find(ctx context.Context, log tessera.LogReader, page []Entry, next, size u
 	for bundle := next / torchwood.TileWidth; bundle*torchwood.TileWidth < size && len(want) > 0; bundle++ {
 		first := bundle * torchwood.TileWidth
 		width := min(size-first, torchwood.TileWidth)
-		raw, err := log.ReadEntryBundle(ctx, bundle, uint8(width%torchwood.TileWidth)) //nolint:gosec // below 256
+		raw, err := log.ReadEntryBundle(ctx, bundle, uint8(width%torchwood.TileWidth))
 		if err != nil {
 			return nil, fmt.Errorf("read audit log: %w", err)
 		}

@@ -146,23 +146,23 @@ func Verify(ctx context.Context, dir, vkey string, opts Options) (Report, error)
 		return r, err
 	}
 	if opts.Outbox != nil && tail.Next > r.Integrated {
-		r.find(FoundBehind, int64(r.Integrated), "the outbox has leaves up to %d, the log ends at %d", tail.Next, r.Integrated) //nolint:gosec // bounded by maxLogSize
+		r.find(FoundBehind, int64(r.Integrated), "the outbox has leaves up to %d, the log ends at %d", tail.Next, r.Integrated)
 	}
-	w := &walk{ctx: ctx, report: &r, tiles: files, outbox: opts.Outbox, seen: map[[16]byte]uint64{}}
+	w := &walk{report: &r, tiles: files, outbox: opts.Outbox, seen: map[[16]byte]uint64{}}
 	if opts.Since != nil {
-		if err := w.since(opts.Since, verifier, published); err != nil {
+		if err := w.since(ctx, opts.Since, verifier, published); err != nil {
 			return r, err
 		}
 	}
-	if err := w.leaves(published, 0); err != nil {
+	if err := w.leaves(ctx, published, 0); err != nil {
 		return r, err
 	}
 	if state.N > published.N {
-		if !w.extends(published, state) {
+		if !w.extends(ctx, published, state) {
 			r.find(FoundTail, published.N, "the unpublished tail does not extend the checkpoint")
 			return r, nil
 		}
-		if err := w.leaves(state, published.N); err != nil {
+		if err := w.leaves(ctx, state, published.N); err != nil {
 			return r, err
 		}
 	}
@@ -171,7 +171,7 @@ func Verify(ctx context.Context, dir, vkey string, opts Options) (Report, error)
 
 func (r *Report) verifier(dir, vkey string) (note.Verifier, error) {
 	if vkey == "" {
-		raw, err := os.ReadFile(filepath.Join(dir, VerifierFile)) //nolint:gosec // operator's path
+		raw, err := os.ReadFile(filepath.Join(dir, VerifierFile))
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil, &refusal.Error{
 				Kind: refusal.Invalid, Code: ErrVerifier.Code, What: "verifier key", Why: "none is given, and the directory has no " + VerifierFile,
@@ -208,7 +208,7 @@ func (r *Report) published(files *files, verifier note.Verifier) (tlog.Tree, boo
 		r.find(FoundBadCheckpoint, -1, "the checkpoint is not one that the key of %s signed", verifier.Name())
 		return tlog.Tree{}, false, nil
 	}
-	r.Size, r.Root, r.Checkpoint = uint64(c.N), c.Hash.String(), string(raw) //nolint:gosec // not negative
+	r.Size, r.Root, r.Checkpoint = uint64(c.N), c.Hash.String(), string(raw)
 	return c.Tree, true, nil
 }
 
@@ -230,13 +230,13 @@ func (r *Report) state(files *files, published tlog.Tree) (tlog.Tree, error) {
 		r.find(FoundTail, state.N, "the state file ends at %d and does not hold the checkpoint's %d leaves", state.N, published.N)
 		return published, nil
 	}
-	r.Integrated = uint64(state.N) //nolint:gosec // not negative
+	r.Integrated = uint64(state.N)
 	r.Unpublished = r.Integrated - r.Size
 	return state, nil
 }
 
 // since compares with a remembered checkpoint.
-func (w *walk) since(raw []byte, verifier note.Verifier, published tlog.Tree) error {
+func (w *walk) since(ctx context.Context, raw []byte, verifier note.Verifier, published tlog.Tree) error {
 	old, err := openCheckpoint(raw, verifier)
 	if err != nil {
 		return &refusal.Error{
@@ -244,25 +244,25 @@ func (w *walk) since(raw []byte, verifier note.Verifier, published tlog.Tree) er
 			Why: "it is no checkpoint that the key of " + verifier.Name() + " signed", Do: "give one that this log published before", Err: err,
 		}
 	}
-	w.report.Since = uint64(old.N) //nolint:gosec // not negative
+	w.report.Since = uint64(old.N)
 	switch {
 	case old.N > published.N:
 		w.report.find(FoundShrunk, published.N, "the log had %d leaves when the checkpoint was remembered, now %d", old.N, published.N)
-	case !w.extends(old.Tree, published):
+	case !w.extends(ctx, old.Tree, published):
 		w.report.find(FoundFork, 0, "the first %d leaves are not those of the remembered checkpoint", old.N)
 	}
 	return nil
 }
 
 // extends reports whether the tree new begins with the tree old. RFC 6962, section 2.1.2.
-func (w *walk) extends(old, next tlog.Tree) bool {
+func (w *walk) extends(ctx context.Context, old, next tlog.Tree) bool {
 	switch {
 	case old.N == 0:
 		return true
 	case old.N == next.N:
 		return old.Hash == next.Hash
 	}
-	hashes := torchwood.TileHashReaderWithContext(w.ctx, next, w.tiles)
+	hashes := torchwood.TileHashReaderWithContext(ctx, next, w.tiles)
 	proof, err := tlog.ProveTree(next.N, old.N, hashes)
 	return err == nil && tlog.CheckTree(proof, next.N, next.Hash, old.N, old.Hash) == nil
 }

@@ -18,7 +18,6 @@ import (
 
 // walk goes through the leaves of a log once.
 type walk struct {
-	ctx    context.Context //nolint:containedctx // lives as long as one call of Verify
 	report *Report
 	tiles  *files
 	outbox Outbox
@@ -28,10 +27,10 @@ type walk struct {
 
 // leaves proves that the leaves of tree from the index given on are those that its root commits to, and reads them.
 // The proof of inclusion is the tiles': every hash read is checked up to the root of the tree.
-func (w *walk) leaves(tree tlog.Tree, from int64) error {
-	hashes := torchwood.TileHashReaderWithContext(w.ctx, tree, w.tiles)
+func (w *walk) leaves(ctx context.Context, tree tlog.Tree, from int64) error {
+	hashes := torchwood.TileHashReaderWithContext(ctx, tree, w.tiles)
 	for bundle := from / torchwood.TileWidth; bundle*torchwood.TileWidth < tree.N; bundle++ {
-		if err := w.ctx.Err(); err != nil {
+		if err := ctx.Err(); err != nil {
 			return err
 		}
 		first := bundle * torchwood.TileWidth
@@ -42,13 +41,13 @@ func (w *walk) leaves(tree tlog.Tree, from int64) error {
 		}
 		want, err := hashes.ReadHashes(indexes)
 		if err != nil {
-			if w.ctx.Err() != nil {
-				return w.ctx.Err()
+			if ctx.Err() != nil {
+				return ctx.Err()
 			}
 			w.report.find(FoundTile, first, "hash tile %d, or one above it, is missing or does not fit the root", bundle)
 			want = nil
 		}
-		data, err := w.tiles.ReadTiles(w.ctx, []tlog.Tile{{H: torchwood.TileHeight, L: -1, N: bundle, W: int(width)}})
+		data, err := w.tiles.ReadTiles(ctx, []tlog.Tile{{H: torchwood.TileHeight, L: -1, N: bundle, W: int(width)}})
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, errDamaged):
 			w.report.find(FoundBundle, first, "entry bundle %d is missing or damaged", bundle)
@@ -56,14 +55,14 @@ func (w *walk) leaves(tree tlog.Tree, from int64) error {
 		case err != nil:
 			return err
 		}
-		if err := w.bundle(data[0], want, first, width, from); err != nil {
+		if err := w.bundle(ctx, data[0], want, first, width, from); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (w *walk) bundle(data []byte, want []tlog.Hash, first, width, from int64) error {
+func (w *walk) bundle(ctx context.Context, data []byte, want []tlog.Hash, first, width, from int64) error {
 	for i := range width {
 		leaf, rest, err := torchwood.ReadTileEntry(data)
 		if err != nil {
@@ -83,7 +82,7 @@ func (w *walk) bundle(data []byte, want []tlog.Hash, first, width, from int64) e
 			continue
 		}
 		w.report.Checked++
-		if err := w.record(index, leaf); err != nil {
+		if err := w.record(ctx, index, leaf); err != nil {
 			return err
 		}
 	}
@@ -94,7 +93,7 @@ func (w *walk) bundle(data []byte, want []tlog.Hash, first, width, from int64) e
 }
 
 // record checks one leaf that is proven to be in the tree.
-func (w *walk) record(index int64, leaf []byte) error {
+func (w *walk) record(ctx context.Context, index int64, leaf []byte) error {
 	rec, err := parseRecord(leaf)
 	if err != nil {
 		w.report.find(FoundRecord, index, "leaf %d: %v", index, err)
@@ -105,7 +104,7 @@ func (w *walk) record(index int64, leaf []byte) error {
 	if before, ok := w.seen[key]; ok {
 		w.report.find(FoundDuplicate, index, "leaf %d has the record id of leaf %d", index, before)
 	} else {
-		w.seen[key] = uint64(index) //nolint:gosec // not negative
+		w.seen[key] = uint64(index)
 	}
 	if w.report.First.IsZero() {
 		w.report.First = rec.Time
@@ -119,14 +118,14 @@ func (w *walk) record(index int64, leaf []byte) error {
 	if w.outbox == nil {
 		return nil
 	}
-	placed, ok, err := w.outbox.Placed(w.ctx, rec.ID)
+	placed, ok, err := w.outbox.Placed(ctx, rec.ID)
 	switch {
 	case err != nil:
 		return fmt.Errorf("audit outbox: %w", err)
-	case !ok && index < int64(w.report.Integrated)-maxBatch: //nolint:gosec // bounded by maxLogSize
+	case !ok && index < int64(w.report.Integrated)-maxBatch:
 		// Of a log at work the last batch may be in the log and not marked yet.
 		w.report.note(NotedUnmarked, index, "leaf %d is not marked in the outbox", index)
-	case ok && placed != uint64(index): //nolint:gosec // not negative
+	case ok && placed != uint64(index):
 		w.report.find(FoundMismatch, index, "leaf %d is marked at %d in the outbox", index, placed)
 	}
 	return nil
