@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,7 +23,16 @@ func ownMounts(wire) error {
 
 // protectCgroupfs makes every cgroup mount read-only, of version 1 and 2. Hiding them would break runtimes that size
 // themselves by their limits. In a user namespace that the workload makes, the kernel locks the flag (mount_namespaces(7)).
-func protectCgroupfs(wire) error {
+//
+// It refuses to work in the namespace of the agent, where it would take cgroupfs from the whole machine.
+func protectCgroupfs(w wire) error {
+	own, err := os.Readlink("/proc/thread-self/ns/mnt")
+	if err != nil {
+		return err
+	}
+	if w.HostMounts == "" || own == w.HostMounts {
+		return errors.New("it is still in the agent's mount namespace")
+	}
 	mounts, err := cgroupMounts("/proc/thread-self")
 	if err != nil {
 		return err

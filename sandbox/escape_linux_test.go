@@ -105,6 +105,16 @@ func TestHostKeepsItsWritableCgroupfs(t *testing.T) {
 	}
 }
 
+// The step that makes cgroupfs read-only refuses to do so for the whole machine. It is tried in a mount namespace of
+// the helper's, so that a failure of this test harms nobody.
+func TestCgroupfsOfTheAgentIsLeftAlone(t *testing.T) {
+	needRoot(t)
+	out := helper(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}, "protect-here")
+	if !strings.Contains(out, "agent's mount namespace") {
+		t.Errorf("got %q", out)
+	}
+}
+
 // Root of namespaces of its own: takes the read-only flag away, mounts cgroupfs afresh, and moves.
 func TestUserNamespaceIsNoWayOut(t *testing.T) {
 	out := output(t, spec(t, "namespaces"))

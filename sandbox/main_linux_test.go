@@ -82,6 +82,11 @@ func play(what string, args []string) int {
 		b := byte('x')
 		_, _, errno := unix.Syscall(unix.SYS_IOCTL, 0, unix.TIOCSTI, uintptr(unsafe.Pointer(&b)))
 		fmt.Printf("err=%v\n", errno)
+	case "protect-here":
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return 98
+		}
+		fmt.Println(sandbox.ProtectCgroupfsHere())
 	case "terminal":
 		return playTerminal(args)
 	case "without-capability":

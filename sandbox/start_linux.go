@@ -40,6 +40,8 @@ type wire struct {
 	Dir        []byte
 	UID, GID   uint32
 	Privileged bool
+	// HostMounts names the mount namespace of the agent ("mnt:[4026531841]"), which the init step must not change.
+	HostMounts string
 	// Self executes descriptor selfFD instead of Argv[0].
 	Self bool
 }
@@ -80,7 +82,11 @@ func start(ctx context.Context, spec Spec, self *os.File) (*Process, error) {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	defer release()
-	return launch(ctx, what, cgroup, files, self, encode(spec, self != nil))
+	mounts, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return nil, stepRefused(what, "mount namespace", err)
+	}
+	return launch(ctx, what, cgroup, files, self, encode(spec, mounts, self != nil))
 }
 
 func check(spec Spec) error {
@@ -149,7 +155,7 @@ func standardFiles(spec Spec) ([]*os.File, func(), error) {
 	}, nil
 }
 
-func encode(spec Spec, self bool) []byte {
+func encode(spec Spec, mounts string, self bool) []byte {
 	bytesOf := func(list []string) [][]byte {
 		out := make([][]byte, len(list))
 		for i, s := range list {
@@ -159,7 +165,7 @@ func encode(spec Spec, self bool) []byte {
 	}
 	data, _ := json.Marshal(wire{ // plain data: cannot fail
 		Argv: bytesOf(spec.Argv), Env: bytesOf(spec.Env), Dir: []byte(spec.Dir),
-		UID: spec.UID, GID: spec.GID, Privileged: spec.Privileged, Self: self,
+		UID: spec.UID, GID: spec.GID, Privileged: spec.Privileged, HostMounts: mounts, Self: self,
 	})
 	return data
 }
