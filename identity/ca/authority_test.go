@@ -3,6 +3,7 @@ package ca_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
@@ -151,6 +152,11 @@ func TestDamageIsFound(t *testing.T) {
 			pick(k, ca.X509).Certificate = pick(k, ca.Root).Certificate
 			return k
 		},
+		"certificate by a root of another's making": func(k []ca.KeyRecord) []ca.KeyRecord {
+			rec := pick(k, ca.X509)
+			rec.Certificate = resign(t, rec.Certificate)
+			return k
+		},
 		"jwt key by another": func(k []ca.KeyRecord) []ca.KeyRecord {
 			pick(k, ca.JWT).Certificate = pick(foreign, ca.JWT).Certificate
 			return k
@@ -185,6 +191,21 @@ func TestDamageIsFound(t *testing.T) {
 			wantRefusal(t, err, ca.ErrCorruptKey)
 		})
 	}
+}
+
+// resign returns the same certificate, for the same key, signed by a stranger under the same name.
+func resign(t *testing.T, der []byte) []byte {
+	t.Helper()
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := &x509.Certificate{RawSubject: cert.RawIssuer, SubjectKeyId: cert.AuthorityKeyId}
+	der, err = x509.CreateCertificate(rand.Reader, cert, root, cert.PublicKey, newKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
 }
 
 // fixed is a store whose content a test has chosen.

@@ -135,6 +135,25 @@ func TestAFaultySignerHandsOutNothing(t *testing.T) {
 	}
 }
 
+// TestASealedKeyIsBoundToItsRecord puts one key in the place of another, and one use in the place of another.
+func TestASealedKeyIsBoundToItsRecord(t *testing.T) {
+	s, err := newSealer(make([]byte, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec := KeyRecord{ID: "k-1", Use: X509}
+	rec.Sealed = s.seal(rec, []byte("private"))
+	if got, err := s.open(rec); err != nil || string(got) != "private" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	for _, other := range []KeyRecord{{ID: "k-2", Use: X509}, {ID: "k-1", Use: Root}} {
+		other.Sealed = rec.Sealed
+		if _, err := s.open(other); err == nil {
+			t.Errorf("the key opened as %s %s", other.Use, other.ID)
+		}
+	}
+}
+
 // nopStore keeps nothing.
 type nopStore struct{}
 

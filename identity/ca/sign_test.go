@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -224,6 +225,7 @@ func TestSigningRefuses(t *testing.T) {
 		"empty name":           {server, good, 0, ca.SignOptions{DNSNames: []string{""}}, ca.ErrNames},
 		"unspecified address":  {server, good, 0, ca.SignOptions{Addresses: []netip.Addr{netip.IPv4Unspecified()}}, ca.ErrNames},
 		"invalid address":      {server, good, 0, ca.SignOptions{Addresses: []netip.Addr{{}}}, ca.ErrNames},
+		"too many addresses":   {server, good, 0, ca.SignOptions{Addresses: slices.Repeat([]netip.Addr{netip.MustParseAddr("10.0.0.1")}, 33)}, ca.ErrNames},
 		"too many names":       {server, good, 0, ca.SignOptions{DNSNames: strings.Split(strings.Repeat("a,", 32)+"a", ",")}, ca.ErrNames},
 	} {
 		t.Run(name, func(t *testing.T) {
