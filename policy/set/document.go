@@ -26,10 +26,10 @@ type Document struct {
 	Kind string `json:"kind"`
 	Name string `json:"name"`
 	File string `json:"file"`
-	Line int    `json:"line"` // of its first key
+	Line int    `json:"line,omitempty"` // of its first key; 0 of a policy
 }
 
-// String renders "Mode/all (modes.yaml:3)".
+// String renders "Mode/all".
 func (d Document) String() string { return d.Kind + "/" + d.Name }
 
 // Service declares a part of the system: its groups, for policies that say `in Group::"…"`, and where it listens.

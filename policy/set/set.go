@@ -71,8 +71,9 @@ func Parse(files []File) (*Set, error) {
 		}
 		for _, c := range chunks(f.Content) {
 			if documents++; documents > MaxDocuments {
-				fileProblem(found, f.Name, CodeBounds, fmt.Sprintf("there are more than %d documents", MaxDocuments), "leave some out")
-				return nil, found.problems()
+				over := &findings{} // alone: among what else is wrong it would not be seen
+				fileProblem(over, f.Name, CodeBounds, fmt.Sprintf("there are more than %d documents", MaxDocuments), "leave some out")
+				return nil, over.problems()
 			}
 			s.docs.read(f.Name, c, found)
 		}

@@ -19,11 +19,20 @@ func (n Notice) String() string {
 	return "not done yet: " + place{file: n.File, kind: n.Kind, name: n.Name}.what(n.Line, "") + ": " + n.Text
 }
 
-// KindPolicy is the kind of notices about Cedar policies.
+// KindPolicy is the kind of notices and changes that are about Cedar policies.
 const KindPolicy = "policy"
 
-// Unenforced returns what of the set no point acts on, in order of file and line. namespaces are those whose actions a
-// point of this build asks about and acts on; without any, only Access is.
+// actions are those of the published schema, by namespace.
+var actions = map[string][]string{
+	policy.Run:    {"exec", "read", "write", "setuid", "mount", "trace", "load", "mapexec"},
+	policy.Net:    {"connect", "listen", "resolve"},
+	policy.API:    {"call"},
+	policy.Access: {"login", "use", "open", "assume", "issue", "administer"},
+}
+
+// Unenforced returns what of the set no point acts on, in order of file and line: documents, and policies whose scope
+// names an action of a namespace in which nothing acts. namespaces are those whose actions a point of this build asks
+// about and acts on; without any, only Access is.
 func Unenforced(s *Set, namespaces ...string) []Notice {
 	if len(namespaces) == 0 {
 		namespaces = []string{policy.Access}
@@ -48,6 +57,20 @@ func Unenforced(s *Set, namespaces ...string) []Notice {
 		for _, ns := range m.Namespaces {
 			if m.Mode == policy.Enforce && !slices.Contains(namespaces, ns) {
 				add(m.Document, "no point acts in "+ns+" yet: what it would refuse there goes through")
+			}
+		}
+	}
+	told := map[string]bool{}
+	for _, ns := range []string{policy.Run, policy.Net, policy.API, policy.Access} {
+		if slices.Contains(namespaces, ns) {
+			continue
+		}
+		for _, action := range actions[ns] {
+			for _, ref := range s.engine.Names(policy.Action(ns, action)) {
+				if key := ns + "\x00" + ref.ID; ref.File != builtinName && !told[key] {
+					told[key] = true
+					add(Document{Kind: KindPolicy, Name: ref.ID, File: ref.File}, "no point acts in "+ns+" yet: what it says of "+ns+" is answered when asked, and held by nothing")
+				}
 			}
 		}
 	}
