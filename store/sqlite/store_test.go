@@ -10,9 +10,11 @@ import (
 	"github.com/redoubtsec/redoubt/audit"
 	"github.com/redoubtsec/redoubt/event"
 	"github.com/redoubtsec/redoubt/fleet"
+	"github.com/redoubtsec/redoubt/fleet/fleettest"
 	"github.com/redoubtsec/redoubt/identity/ca"
 	"github.com/redoubtsec/redoubt/identity/ca/catest"
 	"github.com/redoubtsec/redoubt/policy/set"
+	"github.com/redoubtsec/redoubt/policy/set/settest"
 	"github.com/redoubtsec/redoubt/store/sqlite"
 )
 
@@ -38,6 +40,18 @@ func rec(action string) event.Record { return event.NewRecord(`User::"op"`, acti
 
 func TestKeysKeepTheContract(t *testing.T) {
 	catest.TestStore(t, func() ca.Store { return fresh(t).Keys() })
+}
+
+func TestEditionsKeepTheContract(t *testing.T) {
+	settest.TestStore(t, func() set.Store { return fresh(t).Editions() })
+}
+
+func TestOverridesKeepTheContract(t *testing.T) {
+	settest.TestOverrideStore(t, func() set.OverrideStore { return fresh(t).Overrides() })
+}
+
+func TestFleetKeepsTheContract(t *testing.T) {
+	fleettest.TestStores(t, func(t *testing.T) fleet.Store { return fresh(t).Fleet() })
 }
 
 func pending(t testing.TB, s *sqlite.Store) []string {
