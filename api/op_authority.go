@@ -63,12 +63,12 @@ func addAudit(s *server) {
 	}, s.getAudit)
 }
 
-func (s *server) getAudit(ctx context.Context, _ *call, _ *nothing) (*body[client.AuditStatus], error) {
+func (s *server) getAudit(ctx context.Context, _ *call, _ *nothing) (*body[client.AuditLog], error) {
 	status, err := s.audit.Status(ctx)
 	if err != nil {
 		return nil, err
 	}
-	out := client.AuditStatus{Status: status, Verifier: s.audit.Verifier()}
+	out := client.AuditLog{Status: status, Verifier: s.audit.Verifier()}
 	if status.Published > 0 {
 		checkpoint, err := s.audit.Checkpoint()
 		if err != nil {
@@ -76,5 +76,5 @@ func (s *server) getAudit(ctx context.Context, _ *call, _ *nothing) (*body[clien
 		}
 		out.Checkpoint = string(checkpoint)
 	}
-	return &body[client.AuditStatus]{out}, nil
+	return &body[client.AuditLog]{out}, nil
 }

@@ -75,11 +75,8 @@ func (s *server) askDecision(ctx context.Context, c *call, in *askInput) (*body[
 }
 
 type decisionsInput struct {
-	pageInput
-	Workload string `query:"workload" maxLength:"128" doc:"Only about this instance, w-…"`
-	Machine  string `query:"machine" maxLength:"63" doc:"Only of this machine, or of \"server\"."`
-	Verdict  string `query:"verdict" enum:"permit,deny" doc:"Only with this verdict."`
-	Layer    string `query:"layer" enum:"runtime,network,api,access" doc:"Only of this layer."`
+	client.Paging
+	client.DecisionFilter
 }
 
 func (s *server) listDecisions(ctx context.Context, c *call, in *decisionsInput) (*pageOutput[policy.Decision], error) {

@@ -49,7 +49,7 @@ func addObservations(s *server) {
 	}, s.deleteObservation)
 }
 
-func (s *server) listEditions(ctx context.Context, c *call, in *pageInput) (*pageOutput[set.Edition], error) {
+func (s *server) listEditions(ctx context.Context, c *call, in *client.Paging) (*pageOutput[set.Edition], error) {
 	list := listName(c.op.id)
 	before, err := numberCursor(list, in.Cursor, 0)
 	if err != nil {
@@ -75,8 +75,8 @@ func (s *server) getEdition(ctx context.Context, _ *call, in *editionInput) (*bo
 }
 
 type diffEditionsInput struct {
-	editionInput
-	From int64 `query:"from" minimum:"-1" default:"-1" doc:"The edition to compare with; -1 is the one before."`
+	Version uint64 `path:"version" doc:"Number of the edition."`
+	From    int64  `query:"from" minimum:"-1" default:"-1" doc:"The edition to compare with; -1 is the one before."`
 }
 
 func (s *server) diffEditions(ctx context.Context, _ *call, in *diffEditionsInput) (*body[set.Diff], error) {
@@ -108,7 +108,7 @@ func (s *server) createObservation(ctx context.Context, c *call, in *observeInpu
 	return &body[set.Override]{o}, nil
 }
 
-func (s *server) listObservations(_ context.Context, c *call, in *pageInput) (*pageOutput[set.Override], error) {
+func (s *server) listObservations(_ context.Context, c *call, in *client.Paging) (*pageOutput[set.Override], error) {
 	list := listName(c.op.id)
 	after, err := decodeCursor(list, in.Cursor)
 	if err != nil {

@@ -4,10 +4,10 @@ import (
 	"context"
 	"net/http"
 	"strconv"
-	"time"
 
 	"github.com/danielgtaylor/huma/v2"
 
+	"github.com/redoubtsec/redoubt/api/client"
 	"github.com/redoubtsec/redoubt/event"
 	"github.com/redoubtsec/redoubt/fleet"
 	"github.com/redoubtsec/redoubt/identity"
@@ -31,19 +31,11 @@ func addEvents(s *server) {
 }
 
 type eventsInput struct {
-	pageInput
-	Follow      string    `query:"follow" enum:"true,false" doc:"Answer with a stream (also without a value: ?follow)."`
-	Order       string    `query:"order" enum:"newest,oldest" default:"newest" doc:"Of the pages."`
-	Machine     string    `query:"machine" maxLength:"63" doc:"Only from this machine, or \"server\"."`
-	Workload    string    `query:"workload" maxLength:"128" doc:"Only about this instance, w-…"`
-	Identity    string    `query:"identity" maxLength:"2048" doc:"Only about this SPIFFE ID."`
-	Layer       string    `query:"layer" enum:"runtime,network,api,access,control" doc:"Only of this layer."`
-	Kind        string    `query:"kind" maxLength:"128" doc:"Only of this kind, such as workload.started."`
-	Decision    string    `query:"decision" maxLength:"64" doc:"Only about this decision, d-…"`
-	Verdict     string    `query:"verdict" enum:"permit,deny" doc:"Only with this verdict."`
-	Since       time.Time `query:"since" doc:"Only at or after this time (RFC 3339)."`
-	Until       time.Time `query:"until" doc:"Only before this time (RFC 3339)."`
-	LastEventID string    `header:"Last-Event-ID" maxLength:"20" pattern:"^[0-9]*$" doc:"Of a stream: the id of the last event received."`
+	client.Paging
+	client.EventFilter
+	Follow      string `query:"follow" enum:"true,false" doc:"Answer with a stream (also without a value: ?follow)."`
+	Order       string `query:"order" enum:"newest,oldest" default:"newest" doc:"Of the pages."`
+	LastEventID string `header:"Last-Event-ID" maxLength:"20" pattern:"^[0-9]*$" doc:"Of a stream: the id of the last event received."`
 }
 
 func (in *eventsInput) query() (fleet.EventQuery, error) {

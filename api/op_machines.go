@@ -29,7 +29,7 @@ func addMachines(s *server) {
 	}, s.revokeMachine)
 }
 
-func (s *server) listMachines(ctx context.Context, c *call, in *pageInput) (*pageOutput[fleet.Machine], error) {
+func (s *server) listMachines(ctx context.Context, c *call, in *client.Paging) (*pageOutput[fleet.Machine], error) {
 	list := listName(c.op.id)
 	after, err := decodeCursor(list, in.Cursor)
 	if err != nil {
@@ -55,7 +55,7 @@ func (s *server) getMachine(ctx context.Context, _ *call, in *machineInput) (*bo
 }
 
 type revokeInput struct {
-	machineInput
+	ID   string `path:"id" maxLength:"63" doc:"Id of the machine."`
 	Body client.Revoke
 }
 

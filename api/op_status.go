@@ -89,10 +89,8 @@ func summaryOf(e set.Edition) client.EditionSummary {
 }
 
 type protectionsInput struct {
-	pageInput
-	Machine  string `query:"machine" maxLength:"63" doc:"Only of this machine."`
-	Workload string `query:"workload" maxLength:"128" doc:"Only of this instance."`
-	State    string `query:"state" enum:"enforced,observed,not enforceable" doc:"Only those in this state."`
+	client.Paging
+	client.ProtectionFilter
 }
 
 func (s *server) listProtections(ctx context.Context, c *call, in *protectionsInput) (*pageOutput[policy.Protection], error) {

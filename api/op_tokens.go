@@ -44,7 +44,7 @@ func (s *server) createToken(ctx context.Context, c *call, in *createTokenInput)
 	return &body[client.Token]{client.Token{JoinToken: token, Secret: secret.Reveal()}}, nil
 }
 
-func (s *server) listTokens(ctx context.Context, c *call, in *pageInput) (*pageOutput[fleet.JoinToken], error) {
+func (s *server) listTokens(ctx context.Context, c *call, in *client.Paging) (*pageOutput[fleet.JoinToken], error) {
 	list := listName(c.op.id)
 	after, err := decodeCursor(list, in.Cursor)
 	if err != nil {

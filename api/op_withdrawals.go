@@ -101,7 +101,7 @@ func (s *server) createRevocation(ctx context.Context, c *call, in *createRevoca
 	return &body[fleet.Revocation]{r}, nil
 }
 
-func (s *server) listRevocations(ctx context.Context, c *call, in *pageInput) (*pageOutput[fleet.Revocation], error) {
+func (s *server) listRevocations(ctx context.Context, c *call, in *client.Paging) (*pageOutput[fleet.Revocation], error) {
 	list := listName(c.op.id)
 	after, err := decodeCursor(list, in.Cursor)
 	if err != nil {
@@ -144,7 +144,7 @@ func (s *server) createQuarantine(ctx context.Context, c *call, in *createQuaran
 	return &body[fleet.Quarantine]{q}, nil
 }
 
-func (s *server) listQuarantines(ctx context.Context, c *call, in *pageInput) (*pageOutput[fleet.Quarantine], error) {
+func (s *server) listQuarantines(ctx context.Context, c *call, in *client.Paging) (*pageOutput[fleet.Quarantine], error) {
 	list := listName(c.op.id)
 	after, err := decodeCursor(list, in.Cursor)
 	if err != nil {

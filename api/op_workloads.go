@@ -31,11 +31,8 @@ func addWorkloads(s *server) {
 }
 
 type workloadsInput struct {
-	pageInput
-	Machine  string `query:"machine" maxLength:"63" doc:"Only on this machine."`
-	Service  string `query:"service" maxLength:"128" doc:"Only of this service."`
-	Identity string `query:"identity" maxLength:"2048" doc:"Only those with this SPIFFE ID."`
-	State    string `query:"state" enum:"present,gone" doc:"Only those in this state."`
+	client.Paging
+	client.WorkloadFilter
 }
 
 func (s *server) listWorkloads(ctx context.Context, c *call, in *workloadsInput) (*pageOutput[fleet.Workload], error) {
@@ -69,7 +66,7 @@ type explainInput struct {
 	Body client.ExplainRequest
 }
 
-func (s *server) explainIdentity(ctx context.Context, _ *call, in *explainInput) (*body[client.Explanation], error) {
+func (s *server) explainIdentity(ctx context.Context, _ *call, in *explainInput) (*body[client.Explained], error) {
 	given := 0
 	for _, is := range []bool{in.Body.Instance != "", in.Body.Name != "", in.Body.Facts.Len() > 0} {
 		if is {
@@ -82,7 +79,7 @@ func (s *server) explainIdentity(ctx context.Context, _ *call, in *explainInput)
 			Do: "give one of them",
 		}
 	}
-	out := client.Explanation{Facts: in.Body.Facts}
+	out := client.Explained{Facts: in.Body.Facts}
 	if in.Body.Facts.Len() == 0 {
 		w, err := s.find(ctx, in.Body.Instance, in.Body.Name)
 		if err != nil {
@@ -96,7 +93,7 @@ func (s *server) explainIdentity(ctx context.Context, _ *call, in *explainInput)
 		return nil, err
 	}
 	out.ID, out.Issuance, out.Edition, out.Refusal = id, issuance, edition.Version, fleet.RefusalOf(err)
-	return &body[client.Explanation]{out}, nil
+	return &body[client.Explained]{out}, nil
 }
 
 // find returns the workload of an instance, or the one present workload of a service or SPIFFE ID. Of several alike the

@@ -6,12 +6,6 @@ import (
 	"github.com/redoubtsec/redoubt/api/client"
 )
 
-// pageInput are the parameters of every list.
-type pageInput struct {
-	Limit  int    `query:"limit" minimum:"1" maximum:"500" default:"100" doc:"How many items at most."`
-	Cursor string `query:"cursor" maxLength:"1024" doc:"The next member of the page before; absent for the first page."`
-}
-
 // pageOutput is one page of every list.
 type pageOutput[T any] struct {
 	Link string `header:"Link" doc:"The next page, rel=\"next\" (RFC 8288)."`

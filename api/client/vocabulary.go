@@ -68,8 +68,8 @@ type ExplainRequest struct {
 	Facts    identity.FactSet `json:"facts,omitzero" doc:"Facts to try the rules on, of a workload that need not exist."`
 }
 
-// Explanation says which identity facts earn, by which rule, and why no other rule gave it.
-type Explanation struct {
+// Explained says which identity facts earn, by which rule, and why no other rule gave it.
+type Explained struct {
 	Instance string           `json:"instance,omitempty" doc:"The workload, if one was asked about."`
 	Machine  string           `json:"machine,omitempty" doc:"The machine it is on."`
 	ID       identity.ID      `json:"identity,omitzero" doc:"The identity earned; absent if none is."`
@@ -165,8 +165,8 @@ type QuarantineRequest struct {
 	ExpiresIn Duration `json:"expires_in,omitzero" doc:"How long; until it is lifted if absent."`
 }
 
-// AuditStatus is how the audit log stands, and what verifies it.
-type AuditStatus struct {
+// AuditLog is how the audit log stands, and what verifies it.
+type AuditLog struct {
 	audit.Status
 	Verifier   string `json:"verifier" doc:"The log's verifier key (C2SP signed-note), for redoubt audit verify."`
 	Checkpoint string `json:"checkpoint,omitempty" doc:"The published checkpoint, a signed note (C2SP tlog-checkpoint); keep one elsewhere."`

@@ -848,7 +848,9 @@ func (x *SignJWTResponse) GetExpires() int64 {
 type SyncRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// First: the revision that the agent has applied; 0 is none. Afterwards: the revision that it has now applied.
-	Revision      uint64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision uint64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// The last message that the agent is done with. Those unacknowledged are bounded.
+	Seq           uint64 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -886,6 +888,13 @@ func (*SyncRequest) Descriptor() ([]byte, []int) {
 func (x *SyncRequest) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
+	}
+	return 0
+}
+
+func (x *SyncRequest) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
 	}
 	return 0
 }
@@ -973,8 +982,10 @@ type SyncResponse struct {
 	Revision uint64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
 	// The changes are part of a snapshot: together they replace all that the agent has.
 	Snapshot bool `protobuf:"varint,3,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	// The server's clock; a message without changes is a heartbeat.
-	ServerTime    int64 `protobuf:"varint,4,opt,name=server_time,json=serverTime,proto3" json:"server_time,omitempty"`
+	// The server's clock.
+	ServerTime int64 `protobuf:"varint,4,opt,name=server_time,json=serverTime,proto3" json:"server_time,omitempty"`
+	// Counts the messages of a call from 1; 0 is a heartbeat, which has no changes and is not acknowledged.
+	Seq           uint64 `protobuf:"varint,5,opt,name=seq,proto3" json:"seq,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1033,6 +1044,13 @@ func (x *SyncResponse) GetSnapshot() bool {
 func (x *SyncResponse) GetServerTime() int64 {
 	if x != nil {
 		return x.ServerTime
+	}
+	return 0
+}
+
+func (x *SyncResponse) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
 	}
 	return 0
 }
@@ -1340,21 +1358,23 @@ const file_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x1a\n" +
 	"\baudience\x18\x03 \x03(\tR\baudience\x12\x18\n" +
-	"\aexpires\x18\x04 \x01(\x03R\aexpires\")\n" +
+	"\aexpires\x18\x04 \x01(\x03R\aexpires\";\n" +
 	"\vSyncRequest\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"~\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\"~\n" +
 	"\x06Change\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x10\n" +
 	"\x03key\x18\x03 \x01(\tR\x03key\x12\x18\n" +
 	"\apayload\x18\x04 \x01(\fR\apayload\x12\x18\n" +
-	"\adeleted\x18\x05 \x01(\bR\adeleted\"\x9b\x01\n" +
+	"\adeleted\x18\x05 \x01(\bR\adeleted\"\xad\x01\n" +
 	"\fSyncResponse\x122\n" +
 	"\achanges\x18\x01 \x03(\v2\x18.redoubt.agent.v1.ChangeR\achanges\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x1a\n" +
 	"\bsnapshot\x18\x03 \x01(\bR\bsnapshot\x12\x1f\n" +
 	"\vserver_time\x18\x04 \x01(\x03R\n" +
-	"serverTime\"U\n" +
+	"serverTime\x12\x10\n" +
+	"\x03seq\x18\x05 \x01(\x04R\x03seq\"U\n" +
 	"\n" +
 	"EventBatch\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12/\n" +
