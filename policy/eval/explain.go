@@ -26,53 +26,56 @@ const (
 // not, then those with one part of the scope amiss. s still holds what the request met.
 func (e *Engine) nearest(q *question, s *scratch) []policy.Miss {
 	type weighed struct {
-		miss   policy.Miss
-		faults int
+		policy *compiled
+		far    int
 	}
 	var found []weighed
 	taken := map[int32]bool{}
-	keep := func(batch []weighed) bool {
-		slices.SortStableFunc(batch, func(a, b weighed) int { return cmp.Compare(a.faults, b.faults) })
-		found = append(found, batch...)
-		return len(found) >= maxNearest
-	}
-
-	var batch []weighed
-	for _, i := range s.matches {
+	matched := 0 // how many match in scope
+	weigh := func(i int32) (known bool) {
+		if taken[i] {
+			return true
+		}
 		taken[i] = true
 		p := &e.policies[i]
-		if p.ref.Effect != policy.EffectPermit || len(batch) >= maxWeighed {
-			continue
+		faults := 0
+		for part := range partNames {
+			if scope, asked := scopeOf(p.ast, part, q); !matches(scope, asked, q) {
+				faults += 1000 + distance(p.ast, part, q)
+			}
 		}
-		if faults := scopeFaults(p.ast, q); len(faults) > 0 { // filed under `in`, but `is` does not hold
-			batch = append(batch, weighed{policy.Miss{Policy: p.ref, Why: faults}, 10 * len(faults)})
-		} else if faults := conditionFaults(p.ast, q); len(faults) > 0 {
-			batch = append(batch, weighed{policy.Miss{Policy: p.ref, Why: faults}, len(faults)})
+		if faults == 0 {
+			matched++
+			faults = len(conditionFaults(p.ast, q))
+		}
+		found = append(found, weighed{p, faults})
+		return false
+	}
+	for _, i := range s.matches {
+		if len(found) < maxWeighed && e.policies[i].ref.Effect == policy.EffectPermit {
+			weigh(i)
 		}
 	}
-	done := keep(batch)
-	// Most often it is the resource that a policy does not name, then the action, then the principal.
-	for _, part := range []int{ofResource, ofAction, ofPrincipal} {
-		if done {
-			break
+	if matched < maxNearest {
+		// Most often it is the resource that a policy does not name, then the action, then the principal.
+		for _, part := range []int{ofResource, ofAction, ofPrincipal} {
+			left := maxWeighed
+			e.index.almost(part, s, func(i int32) bool {
+				if !weigh(i) {
+					left--
+				}
+				return left > 0
+			})
 		}
-		batch = nil
-		e.index.almost(part, s, func(i int32) bool {
-			if taken[i] {
-				return true
-			}
-			taken[i] = true
-			p := &e.policies[i]
-			if faults := scopeFaults(p.ast, q); len(faults) > 0 {
-				batch = append(batch, weighed{policy.Miss{Policy: p.ref, Why: faults}, distance(p.ast, part, q)})
-			}
-			return len(batch) < maxWeighed
-		})
-		done = keep(batch)
 	}
+	slices.SortStableFunc(found, func(a, b weighed) int { return cmp.Compare(a.far, b.far) })
 	misses := make([]policy.Miss, 0, maxNearest)
 	for _, f := range found[:min(len(found), maxNearest)] {
-		misses = append(misses, f.miss)
+		why := scopeFaults(f.policy.ast, q)
+		if len(why) == 0 {
+			why = conditionFaults(f.policy.ast, q)
+		}
+		misses = append(misses, policy.Miss{Policy: f.policy.ref, Why: why})
 	}
 	return misses
 }
@@ -143,41 +146,51 @@ func scopeOf(p *ast.Policy, part int, q *question) (ast.IsScopeNode, types.Entit
 func scopeFaults(p *ast.Policy, q *question) []string {
 	var why []string
 	for part, name := range partNames {
-		scope, asked := scopeOf(p, part, q)
-		if f := scopeFault(name, scope, asked, q); f != "" {
-			why = append(why, f)
+		if scope, asked := scopeOf(p, part, q); !matches(scope, asked, q) {
+			why = append(why, scopeFault(name, scope, asked))
 		}
 	}
 	return why
 }
 
-func scopeFault(part string, scope ast.IsScopeNode, asked types.EntityUID, q *question) string {
+// matches reports whether an entity meets one part of a scope.
+func matches(scope ast.IsScopeNode, asked types.EntityUID, q *question) bool {
 	switch s := scope.(type) {
 	case ast.ScopeTypeEq:
-		if asked != s.Entity {
-			return fmt.Sprintf("%s is %s, the policy names %s", part, uid(asked), uid(s.Entity))
-		}
+		return asked == s.Entity
 	case ast.ScopeTypeIn:
-		if !within(asked, q, s.Entity) {
-			return fmt.Sprintf("%s is %s, which is not in %s", part, uid(asked), uid(s.Entity))
-		}
+		return within(asked, q, s.Entity)
 	case ast.ScopeTypeInSet:
-		if !within(asked, q, s.Entities...) {
-			return fmt.Sprintf("%s is %s, the policy names %s", part, uid(asked), uids(s.Entities))
-		}
+		return within(asked, q, s.Entities...)
 	case ast.ScopeTypeIs:
-		if asked.Type != s.Type {
-			return fmt.Sprintf("%s is %s, the policy speaks of a %s", part, uid(asked), quote(string(s.Type)))
-		}
+		return asked.Type == s.Type
+	case ast.ScopeTypeIsIn:
+		return asked.Type == s.Type && within(asked, q, s.Entity)
+	default: // ast.ScopeTypeAll
+		return true
+	}
+}
+
+// scopeFault says how an entity misses one part of a scope.
+func scopeFault(part string, scope ast.IsScopeNode, asked types.EntityUID) string {
+	is := part + " is " + uid(asked)
+	switch s := scope.(type) {
+	case ast.ScopeTypeEq:
+		return is + ", the policy names " + uid(s.Entity)
+	case ast.ScopeTypeIn:
+		return is + ", which is not in " + uid(s.Entity)
+	case ast.ScopeTypeInSet:
+		return is + ", the policy names " + uids(s.Entities)
+	case ast.ScopeTypeIs:
+		return is + ", the policy speaks of a " + quote(string(s.Type))
 	case ast.ScopeTypeIsIn:
 		if asked.Type != s.Type {
-			return fmt.Sprintf("%s is %s, the policy speaks of a %s", part, uid(asked), quote(string(s.Type)))
+			return is + ", the policy speaks of a " + quote(string(s.Type))
 		}
-		if !within(asked, q, s.Entity) {
-			return fmt.Sprintf("%s is %s, which is not in %s", part, uid(asked), uid(s.Entity))
-		}
+		return is + ", which is not in " + uid(s.Entity)
+	default:
+		return is
 	}
-	return ""
 }
 
 func within(asked types.EntityUID, q *question, groups ...types.EntityUID) bool {
