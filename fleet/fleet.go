@@ -121,10 +121,10 @@ type Fleet struct {
 	told    chan struct{}           // closed at the next event stored
 	current map[ChangeKind][32]byte // hash of the payload last published, of policy set and bundle
 	members map[string]member       // machines
-	revoked map[string]Revocation   // by id
-	isolate map[string]Quarantine   // by id
-	accused map[string]time.Time    // machine → when an overreach of it was last put into the audit log
-	shot    *Snapshot               // the last one taken
+	revoked withdrawals[Revocation]
+	isolate withdrawals[Quarantine]
+	accused map[string]time.Time // machine → when an overreach of it was last put into the audit log
+	shot    *Snapshot            // the last one taken
 
 	shoot sync.Mutex // one snapshot is taken at a time
 }
@@ -181,7 +181,9 @@ func (f *Fleet) now() time.Time { return f.cfg.Now().UTC() }
 
 // load fills the caches from the store.
 func (f *Fleet) load(ctx context.Context) error {
-	members, revoked, isolate := map[string]member{}, map[string]Revocation{}, map[string]Quarantine{}
+	members := map[string]member{}
+	var revoked withdrawals[Revocation]
+	var isolate withdrawals[Quarantine]
 	current := map[ChangeKind][32]byte{}
 	var latest uint64
 	err := f.cfg.Store.View(ctx, func(tx Tx) error {
@@ -191,10 +193,10 @@ func (f *Fleet) load(ctx context.Context) error {
 		}); err != nil {
 			return err
 		}
-		if err := each(ctx, tx.Revocations.Revocations, func(r Revocation) string { revoked[r.ID] = r; return r.ID }); err != nil {
+		if err := each(ctx, tx.Revocations.Revocations, func(r Revocation) string { revoked.put(r); return r.ID }); err != nil {
 			return err
 		}
-		if err := each(ctx, tx.Quarantines.Quarantines, func(q Quarantine) string { isolate[q.ID] = q; return q.ID }); err != nil {
+		if err := each(ctx, tx.Quarantines.Quarantines, func(q Quarantine) string { isolate.put(q); return q.ID }); err != nil {
 			return err
 		}
 		for _, kind := range []ChangeKind{KindPolicySet, KindBundle} {

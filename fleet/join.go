@@ -214,7 +214,7 @@ func (f *Fleet) Renew(ctx context.Context, req RenewRequest) (Joined, error) {
 }
 
 func (f *Fleet) renew(ctx context.Context, req RenewRequest) (Joined, error) {
-	if err := f.known(req.Machine, req.Proven); err != nil {
+	if err := f.Trusted(req.Machine, req.Proven); err != nil {
 		return Joined{}, err
 	}
 	if now := f.now(); now.After(req.NotAfter.Add(f.cfg.RenewGrace)) {
@@ -240,7 +240,7 @@ func (f *Fleet) renew(ctx context.Context, req RenewRequest) (Joined, error) {
 	var m Machine
 	err = f.update(ctx, func(u *unit) error {
 		// The transaction looks again: a revocation or another rotation may have come first.
-		if err := f.known(req.Machine, req.Proven); err != nil {
+		if err := f.Trusted(req.Machine, req.Proven); err != nil {
 			return err
 		}
 		var err error
@@ -273,7 +273,7 @@ func (f *Fleet) renew(ctx context.Context, req RenewRequest) (Joined, error) {
 // its last rotation), and nothing of it is revoked. It is asked on every call and again while streams last, so it does no
 // I/O, save once after a rotation. Errors: [ErrMachineUnknown], [ErrMachineRevoked], [ErrMachineKey], [ErrKeyRevoked].
 func (f *Fleet) Authenticate(ctx context.Context, machine, spki string) error {
-	if err := f.known(machine, spki); err != nil {
+	if err := f.Trusted(machine, spki); err != nil {
 		return err
 	}
 	f.mu.Lock()
@@ -296,8 +296,8 @@ func (f *Fleet) Authenticate(ctx context.Context, machine, spki string) error {
 	})
 }
 
-// known is Authenticate without a trace.
-func (f *Fleet) known(machine, spki string) error {
+// Trusted is [Fleet.Authenticate] of a machine that has just not said anything: it is asked again while its streams last.
+func (f *Fleet) Trusted(machine, spki string) error {
 	what := "machine"
 	if checkMachineID(machine) == nil {
 		what = "machine " + machine

@@ -217,12 +217,12 @@ func (f *Fleet) expire(ctx context.Context, now time.Time) error {
 	over := func(at time.Time) bool { return !at.IsZero() && !now.Before(at) }
 	var revocations, quarantines []string
 	f.mu.Lock()
-	for id, r := range f.revoked {
+	for id, r := range f.revoked.byID {
 		if over(r.Expires) {
 			revocations = append(revocations, id)
 		}
 	}
-	for id, q := range f.isolate {
+	for id, q := range f.isolate.byID {
 		if over(q.Expires) {
 			quarantines = append(quarantines, id)
 		}
@@ -239,7 +239,7 @@ func (f *Fleet) expire(ctx context.Context, now time.Time) error {
 			if err := u.push(ctx, KindRevocation, id, nil); err != nil {
 				return err
 			}
-			u.then = append(u.then, func() { delete(f.revoked, id) })
+			u.then = append(u.then, func() { f.revoked.remove(id) })
 		}
 		for _, id := range quarantines {
 			if err := f.unisolate(ctx, u, id); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -38,7 +39,7 @@ func (f *Fleet) Revoke(ctx context.Context, r Revocation, rec event.Record) (Rev
 		if err := u.Revocations.PutRevocation(ctx, r); err != nil {
 			return err
 		}
-		u.then = append(u.then, func() { f.revoked[r.ID] = r })
+		u.then = append(u.then, func() { f.revoked.put(r) })
 		if err := u.push(ctx, KindRevocation, r.ID, r); err != nil {
 			return err
 		}
@@ -81,13 +82,8 @@ func (f *Fleet) expel(ctx context.Context, u *unit, r Revocation) error {
 func (f *Fleet) Lift(ctx context.Context, id string, rec event.Record) error {
 	return f.update(ctx, func(u *unit) error {
 		f.mu.Lock()
-		r, ok := f.revoked[id]
-		others := 0
-		for _, o := range f.revoked {
-			if ok && o.ID != id && o.Machine != "" && o.Machine == r.Machine {
-				others++
-			}
-		}
+		r, ok := f.revoked.byID[id]
+		others := len(f.revoked.of[subject{machine: r.Machine}]) - 1
 		f.mu.Unlock()
 		if !ok {
 			return unknown("revocation", "list those in force with redoubt get revocations")
@@ -108,7 +104,7 @@ func (f *Fleet) Lift(ctx context.Context, id string, rec event.Record) error {
 				u.then = append(u.then, func() { f.members[m.ID] = memberOf(m) })
 			}
 		}
-		u.then = append(u.then, func() { delete(f.revoked, id) })
+		u.then = append(u.then, func() { f.revoked.remove(id) })
 		if err := u.push(ctx, KindRevocation, id, nil); err != nil {
 			return err
 		}
@@ -157,7 +153,7 @@ func (f *Fleet) Quarantine(ctx context.Context, q Quarantine, rec event.Record) 
 		if err := u.Audit.PutRecord(ctx, rec); err != nil {
 			return err
 		}
-		return f.isolated(ctx, u, q, func() { f.isolate[q.ID] = q })
+		return f.isolated(ctx, u, q, func() { f.isolate.put(q) })
 	})
 	if err != nil {
 		return Quarantine{}, err
@@ -178,7 +174,7 @@ func (f *Fleet) Release(ctx context.Context, id string, rec event.Record) error 
 
 func (f *Fleet) unisolate(ctx context.Context, u *unit, id string) error {
 	f.mu.Lock()
-	q, ok := f.isolate[id]
+	q, ok := f.isolate.byID[id]
 	f.mu.Unlock()
 	if !ok {
 		return unknown("quarantine", "list those in force with redoubt get quarantines")
@@ -186,13 +182,13 @@ func (f *Fleet) unisolate(ctx context.Context, u *unit, id string) error {
 	if err := u.Quarantines.DeleteQuarantine(ctx, id); err != nil {
 		return err
 	}
-	return f.isolated(ctx, u, q, func() { delete(f.isolate, id) })
+	return f.isolated(ctx, u, q, func() { f.isolate.remove(id) })
 }
 
 // isolated re-evaluates the workloads that q names, as if apply had been done already; it is done for good after the commit.
 func (f *Fleet) isolated(ctx context.Context, u *unit, q Quarantine, apply func()) error {
 	f.mu.Lock()
-	was, had := f.isolate[q.ID]
+	was, had := f.isolate.byID[q.ID]
 	apply()
 	f.mu.Unlock()
 	// Evaluation reads the cache, which must not run ahead of the commit: put it back until then.
@@ -200,9 +196,9 @@ func (f *Fleet) isolated(ctx context.Context, u *unit, q Quarantine, apply func(
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		if had {
-			f.isolate[q.ID] = was
+			f.isolate.put(was)
 		} else {
-			delete(f.isolate, q.ID)
+			f.isolate.remove(q.ID)
 		}
 	}()
 	u.then = append(u.then, apply)
@@ -250,39 +246,93 @@ func (f *Fleet) withdrawn(id identity.ID, machine, spki string) error {
 	now := f.now()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, r := range f.revoked {
-		if !r.Expires.IsZero() && !now.Before(r.Expires) {
-			continue
-		}
-		switch {
-		case machine != "" && r.Machine == machine:
-			return machineRevoked(machine, "it was revoked at "+stamp(r.Created)+" ("+r.ID+")")
-		case spki != "" && r.SPKI == spki:
-			return refuse(ErrKeyRevoked, refusal.Unproven, "key", "it was revoked at "+stamp(r.Created)+" ("+r.ID+")", "use a new key")
-		case !id.IsZero() && r.Identity == id:
-			return refuse(ErrIdentityRevoked, refusal.Denied, "SVID of "+id.String(), "the identity was revoked at "+stamp(r.Created)+" ("+r.ID+")",
-				"lift the revocation if it should be issued again")
-		}
+	if r, ok := f.revoked.find(subject{machine: machine}, now); machine != "" && ok {
+		return machineRevoked(machine, "it was revoked at "+stamp(r.Created)+" ("+r.ID+")")
+	}
+	if r, ok := f.revoked.find(subject{spki: spki}, now); spki != "" && ok {
+		return refuse(ErrKeyRevoked, refusal.Unproven, "key", "it was revoked at "+stamp(r.Created)+" ("+r.ID+")", "use a new key")
+	}
+	if r, ok := f.revoked.find(subject{identity: id}, now); !id.IsZero() && ok {
+		return refuse(ErrIdentityRevoked, refusal.Denied, "SVID of "+id.String(), "the identity was revoked at "+stamp(r.Created)+" ("+r.ID+")",
+			"lift the revocation if it should be issued again")
 	}
 	return nil
 }
 
-// quarantinedBy returns the quarantine that holds for a workload.
+// quarantinedBy returns the quarantine that holds for a workload: of several the oldest, so that the evidence does not flap.
 func (f *Fleet) quarantinedBy(id identity.ID, instance string) (Quarantine, bool) {
 	now := f.now()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var found Quarantine
-	for _, q := range f.isolate {
-		if !q.Expires.IsZero() && !now.Before(q.Expires) {
-			continue
-		}
-		// Of several the oldest, so that the evidence does not flap.
-		if (q.Instance == instance || !id.IsZero() && q.Identity == id) && (found.ID == "" || q.ID < found.ID) {
-			found = q
+	q, ok := f.isolate.find(subject{instance: instance}, now)
+	if p, also := f.isolate.find(subject{identity: id}, now); !id.IsZero() && also && (!ok || p.ID < q.ID) {
+		q, ok = p, true
+	}
+	return q, ok
+}
+
+// subject is who a withdrawal is about: one of these.
+type subject struct {
+	identity identity.ID
+	machine  string
+	spki     string
+	instance string
+}
+
+// withdrawal is a [Revocation] or a [Quarantine].
+type withdrawal interface {
+	about() (id string, of subject, expires time.Time)
+}
+
+func (r Revocation) about() (string, subject, time.Time) {
+	return r.ID, subject{identity: r.Identity, machine: r.Machine, spki: r.SPKI}, r.Expires
+}
+
+func (q Quarantine) about() (string, subject, time.Time) {
+	return q.ID, subject{identity: q.Identity, instance: q.Instance}, q.Expires
+}
+
+// withdrawals is a set of them, by id and by subject. Zero value: empty; put makes it usable.
+type withdrawals[T withdrawal] struct {
+	byID map[string]T
+	of   map[subject][]string // ids, in order
+}
+
+func (w *withdrawals[T]) put(x T) {
+	if w.byID == nil {
+		w.byID, w.of = map[string]T{}, map[subject][]string{}
+	}
+	id, of, _ := x.about()
+	if _, ok := w.byID[id]; !ok {
+		ids := append(w.of[of], id)
+		slices.Sort(ids)
+		w.of[of] = ids
+	}
+	w.byID[id] = x
+}
+
+func (w *withdrawals[T]) remove(id string) {
+	x, ok := w.byID[id]
+	if !ok {
+		return
+	}
+	delete(w.byID, id)
+	_, of, _ := x.about()
+	if w.of[of] = slices.DeleteFunc(w.of[of], func(o string) bool { return o == id }); len(w.of[of]) == 0 {
+		delete(w.of, of)
+	}
+}
+
+// find returns the oldest that holds for a subject.
+func (w *withdrawals[T]) find(of subject, now time.Time) (T, bool) {
+	for _, id := range w.of[of] {
+		x := w.byID[id]
+		if _, _, expires := x.about(); expires.IsZero() || now.Before(expires) {
+			return x, true
 		}
 	}
-	return found, found.ID != ""
+	var none T
+	return none, false
 }
 
 func checkRevocation(td identity.TrustDomain, r Revocation, now time.Time) error {

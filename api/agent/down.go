@@ -42,6 +42,7 @@ func (s *Server) Sync(stream agentpb.Agent_SyncServer) error {
 	beat, watch := time.NewTicker(s.cfg.Heartbeat), time.NewTicker(min(s.cfg.SlowAfter/4, 250*time.Millisecond))
 	defer beat.Stop()
 	defer watch.Stop()
+	d.heartbeat() // so that the agent knows at once that it is connected
 	for {
 		changed := s.cfg.Fleet.Changed() // first, so that nothing is missed
 		if err := s.good(c); err != nil {

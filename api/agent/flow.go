@@ -40,14 +40,14 @@ func callerOf(ctx context.Context) caller {
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
 	defer func() { err = s.tell(ctx, info.FullMethod, recover(), err) }()
-	ctx, cancel := context.WithTimeout(ctx, callWithin)
+	within, cancel := context.WithTimeout(ctx, callWithin)
 	defer cancel()
-	ctx, leave, err := s.enter(ctx, info.FullMethod)
+	within, leave, err := s.enter(within, info.FullMethod)
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	return handle(ctx, req)
+	return handle(within, req)
 }
 
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
