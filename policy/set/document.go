@@ -174,6 +174,7 @@ type documents struct {
 	issuers   []Issuer
 	responses []Response
 	seen      map[string]Document // by kind/name
+	answered  map[string][]*Route // by host and path
 }
 
 var kinds = []string{KindIssuanceRule, KindService, KindAddress, KindMode, KindRoute, KindIssuer, KindResponse}

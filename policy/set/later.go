@@ -1,6 +1,7 @@
 package set
 
 import (
+	"fmt"
 	"net/url"
 	"regexp"
 	"slices"
@@ -15,8 +16,9 @@ import (
 
 // The bounds of these documents.
 const (
-	maxHosts      = 64
-	maxPaths      = 64
+	maxRoutes     = 1000
+	maxHosts      = 16 // of one route; times paths, what is compared
+	maxPaths      = 32
 	maxPath       = 512
 	maxAudiences  = 32
 	maxURL        = 2048
@@ -62,31 +64,35 @@ func (d *documents) readRoute(r *reader, doc Document, spec *yaml.Node) {
 	if len(route.Paths) == 0 {
 		route.Paths = []string{"/"}
 	}
-	for _, other := range d.routes {
-		if host, path, clash := route.clash(other); clash {
-			// Names, not secrets: a host and a path that clients ask for.
-			r.fail(spec, CodeDuplicate, "spec", "Route/"+other.Name+" answers "+host+path+" for the same methods", "let each request have one route")
-		}
+	if len(d.routes) >= maxRoutes {
+		r.fail(spec, CodeBounds, "spec", fmt.Sprintf("there are more than %d routes", maxRoutes), "join some of them")
+		return
+	}
+	if other, at := d.clash(&route); other != nil {
+		// Names, not secrets: a host and a path that clients ask for.
+		r.fail(spec, CodeDuplicate, "spec", "Route/"+other.Name+" answers "+at+" for the same methods", "let each request have one route")
 	}
 	d.routes = append(d.routes, route)
 }
 
-// clash returns a host and path for which both routes answer the same method.
-func (a Route) clash(b Route) (host, path string, clash bool) {
-	if len(a.Methods) > 0 && len(b.Methods) > 0 && !slices.ContainsFunc(a.Methods, func(m string) bool { return slices.Contains(b.Methods, m) }) {
-		return "", "", false
+// clash returns a route before this one that answers the same host, path and method, and where, or nil. It remembers a.
+func (d *documents) clash(a *Route) (other *Route, at string) {
+	if d.answered == nil {
+		d.answered = map[string][]*Route{}
 	}
 	for _, host := range a.Hosts {
-		if !slices.Contains(b.Hosts, host) {
-			continue
-		}
 		for _, path := range a.Paths {
-			if slices.Contains(b.Paths, path) {
-				return host, path, true
+			key := host + path
+			for _, b := range d.answered[key] {
+				if len(a.Methods) == 0 || len(b.Methods) == 0 || slices.ContainsFunc(a.Methods, func(m string) bool { return slices.Contains(b.Methods, m) }) {
+					return b, key
+				}
 			}
+			// A few at most: routes of one key that do not clash have different methods.
+			d.answered[key] = append(d.answered[key], a)
 		}
 	}
-	return "", "", false
+	return nil, ""
 }
 
 // secureURL says what is wrong with the URL of an issuer. Source: OpenID Connect Discovery 1.0, section 2; RFC 8414,

@@ -179,7 +179,7 @@ func TestRefusesWhatItDoesNotKnow(t *testing.T) {
 		"merge key":              {"kind: Service\nname: x\nspec: {<<: {owner: a}}\n", set.CodeSyntax, "merge keys are not taken"},
 		"syntax":                 {"kind: Service\nname: x\nspec: {owner: a\n", set.CodeSyntax, "YAML: did not find expected"},
 		"too deep":               {service(strings.Repeat("[", 40) + strings.Repeat("]", 40)), set.CodeBounds, "nested more than 32 deep"},
-		"a hidden document":      {"kind: Service\nname: x\nspec: {}\r---\rkind: Mode\nname: y\n", set.CodeSyntax, "something follows the document"},
+		"a hidden document":      {"kind: Service\nname: x\nspec: {}\r---\rkind: Mode\nname: y\n", set.CodeSyntax, "another document follows"},
 		"rule without when":      {doc("IssuanceRule", "{id: /a}"), set.CodeKey, "spec.when: the key is missing"},
 		"rule of no predicate":   {doc("IssuanceRule", `{when: "1 +", id: /a}`), set.CodeValue, "IssuanceRule/x: spec.when: "},
 		"rule over principals":   {doc("IssuanceRule", `{when: "principal.x == 1", id: /a}`), set.CodeValue, "spec.when: it speaks of principal"},
@@ -228,6 +228,14 @@ func TestAModeCannotObserveAccess(t *testing.T) {
 	wantProblem(t, err, set.CodeValue, "Access is never observed")
 }
 
+func manyRoutes(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "---\nkind: Route\nname: r%d\nspec: {hosts: [h%d.example], service: s}\n", i, i)
+	}
+	return b.String()
+}
+
 func TestRefusesFiles(t *testing.T) {
 	for name, c := range map[string]struct {
 		files []set.File
@@ -248,6 +256,7 @@ func TestRefusesFiles(t *testing.T) {
 		"a long value":        {[]set.File{yml("a: " + strings.Repeat("b", 64<<10+1))}, set.CodeBounds, "a value is longer"},
 		"many nodes":          {[]set.File{yml("a: [" + strings.Repeat("1,", 50_000) + "]")}, set.CodeBounds, "more than 50000 keys and values"},
 		"many documents":      {[]set.File{yml(strings.Repeat("---\na: b\n", set.MaxDocuments+1))}, set.CodeBounds, "more than 5000 documents"},
+		"many routes":         {[]set.File{yml(manyRoutes(1001))}, set.CodeBounds, "more than 1000 routes"},
 		"bad policy":          {[]set.File{cedarFile("permit(principal, action, resource) when { context.nonsense };")}, "policy-invalid", "set.cedar#1"},
 		"same id as built-in": {[]set.File{cedarFile(`@id("builtin/operators-administer") permit(principal, action, resource);`)}, "policy-duplicate-id", "same name"},
 	} {

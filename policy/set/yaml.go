@@ -93,19 +93,18 @@ func (r *reader) parse(text string) *yaml.Node {
 		return nil // comments only
 	}
 	if err != nil {
-		m := yamlLine.FindStringSubmatch(err.Error())
-		line, _ := strconv.Atoi(m[1])
-		why := strings.TrimPrefix(err.Error(), m[0])
-		if !safeYAMLError.MatchString(why) {
-			why = "it is not well-formed" // the message may quote the input
-		}
-		r.failLine(r.offset+max(line, 1), CodeSyntax, "", "YAML: "+why, "correct the syntax")
+		r.failSyntax(err)
 		return nil
 	}
-	var rest yaml.Node
-	if !errors.Is(decoder.Decode(&rest), io.EOF) || doc.Kind != yaml.DocumentNode || len(doc.Content) != 1 {
-		// YAML knows more line breaks than chunks does (a bare carriage return): what follows must not be lost silently.
-		r.failLine(r.offset+1, CodeSyntax, "", "something follows the document", "separate documents by lines of --- that end in a line feed")
+	// YAML knows more line breaks than chunks does (a bare carriage return): what follows must not be lost silently.
+	switch err := decoder.Decode(new(yaml.Node)); {
+	case err == nil:
+		r.failLine(r.offset+1, CodeSyntax, "", "another document follows on the same line", "separate documents by lines of --- that end in a line feed")
+		return nil
+	case !errors.Is(err, io.EOF):
+		r.failSyntax(err)
+		return nil
+	case doc.Kind != yaml.DocumentNode || len(doc.Content) != 1:
 		return nil
 	}
 	nodes := 0
@@ -113,6 +112,17 @@ func (r *reader) parse(text string) *yaml.Node {
 		return nil
 	}
 	return doc.Content[0]
+}
+
+// failSyntax reports what the YAML parser found.
+func (r *reader) failSyntax(err error) {
+	m := yamlLine.FindStringSubmatch(err.Error())
+	line, _ := strconv.Atoi(m[1])
+	why := strings.TrimPrefix(err.Error(), m[0])
+	if !safeYAMLError.MatchString(why) {
+		why = "it is not well-formed" // the message may quote the input
+	}
+	r.failLine(r.offset+max(line, 1), CodeSyntax, "", "YAML: "+why, "correct the syntax")
 }
 
 // safeYAMLError is the form of the scanner's own sentences: no word of them comes from the input.
