@@ -362,6 +362,7 @@ func TestADamagedMiddleCostsWhatItHoldsAndIsCountedOnce(t *testing.T) {
 		spoil func([]byte)
 	}{
 		{"a flipped bit", func(b []byte) { b[20*frame+frame/2] ^= 1 }},
+		{"a flipped bit within a word", func(b []byte) { i := nthFrame(b, 20); b[i+bytes.Index(b[i:], []byte(`"test"`))+2] ^= 1 }},
 		{"a length that is too long", func(b []byte) { i := nthFrame(b, 20); b[i+6] ^= 0x7f }},
 		{"zeros", func(b []byte) { i := nthFrame(b, 20); clear(b[i+3 : i+frame/2]) }},
 		{"a lost magic", func(b []byte) { b[nthFrame(b, 20)] = 0 }},

@@ -108,12 +108,14 @@ func TestIdentifySaysWhoConnected(t *testing.T) {
 			}
 			waited := make(chan struct{})
 			go func() { defer close(waited); c.Wait() }()
-			p.end()
+			_ = p.stdin.Close()
 			select {
 			case <-waited:
 			case <-time.After(2 * time.Second):
 				t.Error("Wait has not returned although the process has ended")
 			}
+			wantCode(t, c.Verify(), "caller-gone") // a zombie still has a pid and a cgroup
+			p.end()
 			wantCode(t, c.Alive(), "caller-gone")
 			wantCode(t, c.Verify(), "caller-gone")
 		})
@@ -185,7 +187,6 @@ func TestABorrowedConnectionEndsWithItsOwner(t *testing.T) {
 				t.Fatalf("while the owner lives the borrower was pushed %+v", got)
 			}
 			p.end() // the owner; the borrower goes on
-			b.rotate()
 			got := p.next(t)
 			if got.Code != "PermissionDenied" || got.Message != "Workload API: the process that connected has ended; "+
 				"an identity is not inherited with a socket; connect from the process that needs the identity" {

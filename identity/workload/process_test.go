@@ -32,7 +32,9 @@ const roleVariable = "REDOUBT_TEST_ROLE"
 func TestMain(m *testing.M) {
 	switch os.Getenv(roleVariable) {
 	case "":
-		os.Exit(m.Run())
+		code := m.Run()
+		_ = os.RemoveAll(builtClient) // nothing if it is ""
+		os.Exit(code)
 	case "watch":
 		watch(os.Args[1])
 	case "lend":
