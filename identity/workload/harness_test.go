@@ -1,3 +1,5 @@
+//go:build linux
+
 package workload_test
 
 import (
@@ -75,6 +77,7 @@ type board struct {
 	hint    string
 	fail    error
 	fetches int
+	signing func(*workload.Caller) // called while a JWT-SVID is made; nil
 	changed chan struct{}
 }
 
@@ -172,6 +175,9 @@ func (b *board) Bundles(_ context.Context, c *workload.Caller) (workload.Update,
 func (b *board) JWT(ctx context.Context, c *workload.Caller, audience []string, only identity.ID) ([]*identity.JWTSVID, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.signing != nil {
+		b.signing(c)
+	}
 	var out []*identity.JWTSVID
 	for _, id := range b.ids[c.Cgroup] {
 		if !only.IsZero() && id != only {

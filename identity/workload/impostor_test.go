@@ -1,3 +1,5 @@
+//go:build linux
+
 package workload_test
 
 import (
@@ -192,8 +194,10 @@ func TestABorrowedConnectionEndsWithItsOwner(t *testing.T) {
 				"an identity is not inherited with a socket; connect from the process that needs the identity" {
 				t.Errorf("when the owner has ended the borrower got %+v", got)
 			}
-			b.rotate()
-			p.quiet(t, 300*time.Millisecond)
+			b.rotate() // no push, and nobody keeps the connection open
+			if got := p.next(t); got.Code != "Unavailable" || !strings.Contains(got.Message, "the borrowed connection is closed") {
+				t.Errorf("when the owner has ended the borrower still has its connection: %+v", got)
+			}
 		})
 	}
 }
@@ -223,6 +227,19 @@ func TestACallerThatWasMovedLosesItsStream(t *testing.T) {
 				t.Errorf("counted %d", got)
 			}
 		})
+	}
+}
+
+// Signing takes time: a caller that ended or was moved meanwhile is not answered.
+func TestACallerThatWasMovedWhileItsAnswerWasMadeIsNotAnswered(t *testing.T) {
+	before, after := newCgroup(t, "asking"), newCgroup(t, "elsewhere")
+	b := newBoard(t)
+	b.grant(before, serviceID(t, "before"))
+	procs := filepath.Join(cgroupRoot(t), after, "cgroup.procs")
+	b.signing = func(c *workload.Caller) { _ = os.WriteFile(procs, []byte(strconv.Itoa(c.PID)), 0o600) }
+	e := serve(t, workload.Config{Source: b})
+	if got := run(t, "ask", before, e.socket).next(t); got.Code != "PermissionDenied" || got.ID != "" {
+		t.Errorf("it was answered %+v", got)
 	}
 }
 

@@ -1,3 +1,5 @@
+//go:build linux
+
 package workload_test
 
 import (
@@ -5,7 +7,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -41,6 +42,8 @@ func TestMain(m *testing.M) {
 		lend(os.Args[1], os.Args[2])
 	case "borrow":
 		borrow()
+	case "ask":
+		ask(os.Args[1])
 	case "connect":
 		connect(os.Args[1:])
 	case "flood":
@@ -51,7 +54,6 @@ func TestMain(m *testing.M) {
 // heard is what a program says on a line of standard output.
 type heard struct {
 	ID      string `json:"id,omitempty"`
-	Serial  string `json:"serial,omitempty"`
 	Code    string `json:"code,omitempty"`
 	Message string `json:"message,omitempty"`
 	Open    int    `json:"open,omitempty"`
@@ -61,35 +63,26 @@ type heard struct {
 
 func say(h heard) { _ = json.NewEncoder(os.Stdout).Encode(h) }
 
-// watch calls FetchX509SVID and says what arrives. A line on standard input makes it call again.
+// watch calls FetchX509SVID and says what arrives.
 func watch(socket string) {
 	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		panic(err)
 	}
-	follow(gen.NewSpiffeWorkloadAPIClient(conn))
+	go streamOnce(gen.NewSpiffeWorkloadAPIClient(conn))
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
 }
 
-func follow(client gen.SpiffeWorkloadAPIClient) {
-	var calls sync.WaitGroup
-	call := func() {
-		calls.Go(func() {
-			stream, err := client.FetchX509SVID(withHeader(context.Background()), &gen.X509SVIDRequest{})
-			for err == nil {
-				var got *gen.X509SVIDResponse
-				if got, err = stream.Recv(); err == nil {
-					leaf := got.Svids[0].X509Svid
-					say(heard{ID: got.Svids[0].SpiffeId, Serial: fmt.Sprintf("%x", leaf[15:31])})
-				}
-			}
-			say(heard{Code: status.Code(err).String(), Message: status.Convert(err).Message()})
-		})
+func streamOnce(client gen.SpiffeWorkloadAPIClient) {
+	stream, err := client.FetchX509SVID(withHeader(context.Background()), &gen.X509SVIDRequest{})
+	for err == nil {
+		var got *gen.X509SVIDResponse
+		if got, err = stream.Recv(); err == nil {
+			say(heard{ID: got.Svids[0].SpiffeId})
+		}
 	}
-	call()
-	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		call()
-	}
-	os.Exit(0)
+	say(heard{Code: status.Code(err).String(), Message: status.Convert(err).Message()})
 }
 
 // lend connects, hands the connected socket to a program in another cgroup, and ends when standard input does. The
@@ -145,7 +138,27 @@ func borrow() {
 	if err != nil {
 		panic(err)
 	}
-	follow(gen.NewSpiffeWorkloadAPIClient(conn))
+	client := gen.NewSpiffeWorkloadAPIClient(conn)
+	for { // again on what is left of the connection
+		streamOnce(client)
+		time.Sleep(600 * time.Millisecond)
+	}
+}
+
+// ask calls FetchJWTSVID and says what it got.
+func ask(socket string) {
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		panic(err)
+	}
+	got, err := gen.NewSpiffeWorkloadAPIClient(conn).FetchJWTSVID(withHeader(context.Background()), &gen.JWTSVIDRequest{Audience: []string{"a"}})
+	said := heard{Code: status.Code(err).String(), Message: status.Convert(err).Message()}
+	if err == nil {
+		said.ID = got.Svids[0].SpiffeId
+	}
+	say(said)
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
 }
 
 // connect connects, as a user and group if it is told one, says so, and ends with standard input.
@@ -290,16 +303,4 @@ func (p *program) next(t *testing.T) heard {
 		t.Fatal("the program says nothing")
 	}
 	return heard{}
-}
-
-// quiet fails if the program says anything for a while.
-func (p *program) quiet(t *testing.T, d time.Duration) {
-	t.Helper()
-	select {
-	case h, ok := <-p.lines:
-		if ok {
-			t.Errorf("unexpected: %+v", h)
-		}
-	case <-time.After(d):
-	}
 }

@@ -115,6 +115,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery}),
+		grpc.WaitForHandlers(true),
 		grpc.StatsHandler(counter{s.meter}),
 		grpc.UnaryInterceptor(sv.unary),
 		grpc.StreamInterceptor(sv.stream),
