@@ -77,6 +77,9 @@ func (a *Attestor) pathOf(ctx context.Context, e executable, sameMounts bool) (p
 	if strings.HasPrefix(e.link, "/memfd:") {
 		return "", "executable.path: the program was executed from memory (memfd) and has no file"
 	}
+	if e.link == "/" {
+		return "", "executable.path: the program is mounted by itself, as runc does with its own before it executes the container's"
+	}
 	if a.leadsTo(ctx, e.link, e.id) {
 		return e.link, ""
 	}
@@ -271,7 +274,7 @@ func (a *Attestor) slowly(ctx context.Context, do func(context.Context) error) e
 			a.config.Meter.Count("attest_refused", 1, "code", ErrBusy.Code)
 			return &refusal.Error{
 				Kind: refusal.Exhausted, Code: ErrBusy.Code, What: "reading of an executable",
-				Why: fmt.Sprintf("%d files are being read already", maxSlowFiles), Do: "look for a file system that does not answer", Err: wait.Err(),
+				Why: fmt.Sprintf("%d files are being read already", maxSlowFiles), Do: "look for a file system that does not answer",
 			}
 		}
 	}

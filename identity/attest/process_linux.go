@@ -230,7 +230,7 @@ func (a *Attestor) executable(ctx context.Context, r *reading, p *process, fd in
 		if warning != "" {
 			r.warn(warning)
 		}
-	case inContainer != "" && strings.HasPrefix(s.exe.link, "/") && !strings.HasPrefix(s.exe.link, "/memfd:"):
+	case inContainer != "" && len(s.exe.link) > 1 && s.exe.link[0] == '/' && !strings.HasPrefix(s.exe.link, "/memfd:"):
 		// Within a container that its engine vouches for, the path is one of the container's root.
 		r.fact(identity.FactExePath, strings.TrimSuffix(s.exe.link, deletedMark), identity.FromContainer, r.evidence+"/exe, in the container's root")
 	default:
