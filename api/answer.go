@@ -79,9 +79,9 @@ type requestBody []byte
 
 func (b requestBody) reader() io.ReadCloser { return io.NopCloser(bytes.NewReader(b)) }
 
-// readBody reads the body of an operation that takes one: JSON, within the operation's bound and [bodyTime]. Any other
+// readBody reads the body of an operation that takes one: JSON, within the operation's bound and in time. Any other
 // operation's body is not read.
-func readBody(op *operation, w http.ResponseWriter, r *http.Request) (requestBody, error) {
+func readBody(op *operation, within time.Duration, w http.ResponseWriter, r *http.Request) (requestBody, error) {
 	if op.maxBody == 0 {
 		return nil, nil
 	}
@@ -94,7 +94,7 @@ func readBody(op *operation, w http.ResponseWriter, r *http.Request) (requestBod
 		}
 	}
 	deadline := http.NewResponseController(w)
-	_ = deadline.SetReadDeadline(time.Now().Add(bodyTime)) // not all writers have deadlines
+	_ = deadline.SetReadDeadline(time.Now().Add(within)) // not all writers have deadlines
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, op.maxBody))
 	var tooLarge *http.MaxBytesError
 	switch {
@@ -105,7 +105,7 @@ func readBody(op *operation, w http.ResponseWriter, r *http.Request) (requestBod
 		}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, &refusal.Error{
-			Kind: refusal.Exhausted, Code: codeSlow, What: "the body", Why: "it did not arrive within " + bodyTime.String(),
+			Kind: refusal.Exhausted, Code: codeSlow, What: "the body", Why: "it did not arrive within " + within.String(),
 			Do: "send it faster",
 		}
 	case err != nil:

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -38,6 +39,9 @@ type Config struct {
 	Protections Protections // nil: none are known
 	Enforced    []string    // namespaces of actions that points of this build act on (set.Unenforced)
 
+	BodyTime  time.Duration // for a whole body to arrive; default 10 s
+	Heartbeat time.Duration // between comments on a stream that is quiet; default 15 s
+
 	Sink   event.Sink       // of the decisions taken here; nil: event.NoSink
 	Meter  event.Meter      // nil: event.NoMeter
 	Logger *slog.Logger     // nil: discards
@@ -46,6 +50,12 @@ type Config struct {
 
 // maxInFlight bounds the requests that are worked on at once; streams are counted apart ([maxFollowers]).
 const maxInFlight = 256
+
+// The defaults of [Config].
+const (
+	defaultBodyTime  = 10 * time.Second
+	defaultHeartbeat = 15 * time.Second
+)
 
 // server is the handler that [New] returns.
 type server struct {
@@ -69,6 +79,8 @@ type server struct {
 	audit       AuditLog
 	protections Protections
 	enforced    []string
+	bodyTime    time.Duration
+	heartbeat   time.Duration
 
 	sink  event.Sink
 	meter event.Meter
@@ -101,7 +113,8 @@ func New(cfg Config) (http.Handler, error) {
 		authority: cfg.Authority, rotation: cfg.Rotation, machines: cfg.Machines, tokens: cfg.Tokens,
 		workloads: cfg.Workloads, withdrawals: cfg.Withdrawals, quarantines: cfg.Quarantines, events: cfg.Events,
 		policies: cfg.PolicySet, editions: cfg.Editions, overrides: cfg.Overrides, audit: cfg.Audit,
-		protections: cfg.Protections, enforced: cfg.Enforced, sink: cfg.Sink, meter: cfg.Meter, log: cfg.Logger, now: cfg.Now,
+		protections: cfg.Protections, enforced: cfg.Enforced,
+		bodyTime: cmp.Or(cfg.BodyTime, defaultBodyTime), heartbeat: cmp.Or(cfg.Heartbeat, defaultHeartbeat), sink: cfg.Sink, meter: cfg.Meter, log: cfg.Logger, now: cfg.Now,
 		mux: http.NewServeMux(), inFlight: make(chan struct{}, maxInFlight), followers: make(chan struct{}, maxFollowers),
 	}
 	switch {

@@ -16,7 +16,6 @@ import (
 
 // The time limits of a request, beside those of the operation itself.
 const (
-	bodyTime   = 10 * time.Second // for the whole body to arrive
 	answerTime = 30 * time.Second // for the client to take the answer
 	auditTime  = 10 * time.Second // for an audit record to be indexed
 )
@@ -97,7 +96,7 @@ func callOf(ctx context.Context) *call {
 // ask puts what is about to happen as a question to policy.
 func (s *server) ask(c *call, r *http.Request) *policy.Request {
 	section := policy.UID{Type: "Operation", ID: c.op.section}
-	around := policy.Record{"now": s.now().UTC(), "method": r.Method, "path": r.URL.Path}
+	around := policy.Record{"now": s.now().UTC(), "method": r.Method, "path": recordable(c.op.path, r.URL.Path)}
 	if addr, ok := addrOf(r); ok {
 		around["source"] = addr
 	}
@@ -160,7 +159,7 @@ func (s *server) act(c *call, w http.ResponseWriter, r *http.Request) (out *answ
 			return s.refused(c, err)
 		}
 	}
-	body, err := readBody(c.op, w, r)
+	body, err := readBody(c.op, s.bodyTime, w, r)
 	if err != nil {
 		s.meter.Count("api_body_refused", 1)
 		return s.refused(c, err)

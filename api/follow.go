@@ -13,7 +13,6 @@ import (
 // The bounds of streams.
 const (
 	maxFollowers  = 64
-	heartbeat     = 15 * time.Second // a comment, so that both ends notice a broken connection
 	followWrite   = 10 * time.Second // for a follower to take one message; a slower one is cut off and resumes
 	followPage    = 200
 	reconnectTime = 2 * time.Second // told to the client
@@ -47,12 +46,13 @@ func (s *server) follow(w http.ResponseWriter, r *http.Request, c *call, q fleet
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no")
 	w.WriteHeader(http.StatusOK)
-	st.printf("retry: %d\n\n", reconnectTime.Milliseconds())
+	// The position alone, so that a client which is cut off before the first event misses none either.
+	st.printf("retry: %d\nid: %d\n\n", reconnectTime.Milliseconds(), from)
 	if resumed {
 		s.tellGap(ctx, st, from)
 	}
 	st.flush()
-	beat := time.NewTicker(heartbeat)
+	beat := time.NewTicker(s.heartbeat)
 	defer beat.Stop()
 	for st.failed == nil {
 		stored := s.events.EventsStored()

@@ -2,6 +2,7 @@ package api
 
 import (
 	"net/http"
+	"regexp"
 	"strings"
 )
 
@@ -26,6 +27,24 @@ func requestID(header http.Header) string {
 		return newRequestID()
 	}
 	return id
+}
+
+// idForm is the form of every id that a path may name: of machines, instances, tokens and so on, and of editions.
+var idForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
+
+// recordable is a path as it may be recorded with a decision: what stands in the place of an id and has not the form of
+// one becomes *. Somebody may have pasted a join token there.
+func recordable(template, path string) string {
+	names, parts := strings.Split(template, "/"), strings.Split(path, "/")
+	if len(names) != len(parts) { // an escaped slash
+		return template
+	}
+	for i, name := range names {
+		if strings.HasPrefix(name, "{") && !idForm.MatchString(parts[i]) {
+			parts[i] = "*"
+		}
+	}
+	return strings.Join(parts, "/")
 }
 
 // traceOf returns the trace id of a traceparent header, or "". Source: W3C Trace Context, section 3.2.

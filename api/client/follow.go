@@ -53,19 +53,23 @@ func (c *Client) Follow(ctx context.Context, f EventFilter, from uint64) iter.Se
 	return func(yield func(fleet.StoredEvent, error) bool) {
 		query := url.Values{"follow": {"true"}}
 		encode(query, f)
+		place := ""
+		if from != 0 {
+			place = strconv.FormatUint(from, 10)
+		}
 		pause := attemptPause
 		for ctx.Err() == nil {
-			last := from
-			err := c.followOnce(ctx, query, &from, yield)
+			before := place
+			err := c.followOnce(ctx, query, &place, yield)
 			var refused *refusal.Error
 			switch {
 			case errors.Is(err, errStopped) || ctx.Err() != nil:
 				return
-			case errors.As(err, &refused) && !errors.Is(err, ErrUnreachable) && refused.Kind != refusal.Unavailable:
+			case !errors.As(err, &refused), refused.Kind != refusal.Unavailable:
 				yield(fleet.StoredEvent{}, err)
 				return
 			}
-			if pause = min(2*pause, maxFollowPause); from != last {
+			if pause = min(2*pause, maxFollowPause); place != before {
 				pause = attemptPause
 			}
 			select {
@@ -79,8 +83,8 @@ func (c *Client) Follow(ctx context.Context, f EventFilter, from uint64) iter.Se
 // errStopped says that the consumer wants no more.
 var errStopped = errors.New("stopped")
 
-// followOnce follows one connection until it breaks.
-func (c *Client) followOnce(ctx context.Context, query url.Values, from *uint64, yield func(fleet.StoredEvent, error) bool) error {
+// followOnce follows one connection until it breaks, and keeps place at the last position told; "" is none yet.
+func (c *Client) followOnce(ctx context.Context, query url.Values, place *string, yield func(fleet.StoredEvent, error) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	quiet := time.AfterFunc(silence, cancel)
@@ -94,8 +98,8 @@ func (c *Client) followOnce(ctx context.Context, query url.Values, from *uint64,
 	if c.credential != "" {
 		req.Header.Set("Authorization", "Bearer "+string(c.credential))
 	}
-	if *from != 0 {
-		req.Header.Set("Last-Event-ID", strconv.FormatUint(*from, 10))
+	if *place != "" {
+		req.Header.Set("Last-Event-ID", *place)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
@@ -108,22 +112,23 @@ func (c *Client) followOnce(ctx context.Context, query url.Values, from *uint64,
 	}
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(make([]byte, 0, 64<<10), maxMessage)
-	var m message
+	m := message{place: place}
 	for lines.Scan() {
 		quiet.Reset(silence)
-		if !m.line(lines.Text()) {
+		whole, err := m.line(lines.Text())
+		if err != nil {
+			return err
+		}
+		if !whole {
 			continue
 		}
 		event, err := m.take()
 		var gap *Gap
 		switch {
-		case errors.As(err, &gap):
-		case err != nil:
+		case err != nil && !errors.As(err, &gap):
 			return err
-		case event.Position == 0:
+		case err == nil && event.Position == 0:
 			continue
-		default:
-			*from = event.Position
 		}
 		if !yield(event, err) {
 			return errStopped
@@ -134,23 +139,29 @@ func (c *Client) followOnce(ctx context.Context, query url.Values, from *uint64,
 
 // message gathers the lines of one server-sent event. Source: WHATWG HTML, section 9.2.6.
 type message struct {
-	kind string
-	data strings.Builder
+	place *string
+	kind  string
+	data  strings.Builder
 }
 
-// line takes a line and reports whether the message is whole.
-func (m *message) line(text string) bool {
+// line takes a line and reports whether the message is whole. Errors: the message is too long.
+func (m *message) line(text string) (bool, error) {
 	field, value, _ := strings.Cut(text, ":")
 	value = strings.TrimPrefix(value, " ")
 	switch {
 	case text == "":
-		return m.data.Len() > 0
+		return m.data.Len() > 0, nil
+	case field == "id":
+		*m.place = value
 	case field == "event":
 		m.kind = value
 	case field == "data":
+		if m.data.Len()+len(value) > maxMessage {
+			return false, fmt.Errorf("the server's event is longer than %d bytes", maxMessage)
+		}
 		m.data.WriteString(value)
 	}
-	return false
+	return false, nil
 }
 
 // take returns what the message says, and begins a new one.

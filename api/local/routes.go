@@ -80,6 +80,7 @@ func (s *Server) routes() {
 	}))
 	s.mux.Handle("POST /v1/decisions", handle(s, func(ctx context.Context, _ *http.Request, in policy.Request) (Decision, error) {
 		in.Point = "agent"
+		in.Context, in.Principal.Attrs, in.Resource.Attrs = restore(in.Context), restore(in.Principal.Attrs), restore(in.Resource.Attrs)
 		d := m.Decide(ctx, &in)
 		return Decision{Decision: d, Allowed: d.Allowed()}, nil
 	}))
@@ -143,4 +144,33 @@ func (s *Server) release(ctx context.Context, _ *http.Request, in Release) (*mac
 		return nil, s.cfg.Machine.Resume(ctx, actor)
 	}
 	return s.cfg.Machine.Release(ctx, actor, in.Reason)
+}
+
+// restore gives values that came as JSON the types that policy.Record has: whole numbers, entities, records.
+func restore(r policy.Record) policy.Record {
+	for k, v := range r {
+		r[k] = restored(v)
+	}
+	return r
+}
+
+func restored(v any) any {
+	switch v := v.(type) {
+	case float64:
+		if v == float64(int64(v)) {
+			return int64(v)
+		}
+	case []any:
+		for i := range v {
+			v[i] = restored(v[i])
+		}
+	case map[string]any:
+		kind, isKind := v["type"].(string)
+		id, isID := v["id"].(string)
+		if isKind && isID && len(v) == 2 {
+			return policy.UID{Type: kind, ID: id}
+		}
+		return restore(policy.Record(v))
+	}
+	return v
 }
