@@ -39,7 +39,13 @@ func TestCgroupIsMadeKilledAndRemoved(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = os.Remove(parent) }()
+	t.Cleanup(func() { // also when the test fails half way
+		end, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		_ = c.Kill()
+		_ = c.Remove(end)
+		_ = os.Remove(parent)
+	})
 	info, err := os.Stat(c.Path)
 	if err != nil {
 		t.Fatal(err)

@@ -115,6 +115,46 @@ func TestCgroupfsOfTheAgentIsLeftAlone(t *testing.T) {
 	}
 }
 
+// What is mounted on the host later does not appear in the workload: a writable cgroupfs among it.
+func TestLaterMountsDoNotAppear(t *testing.T) {
+	needRoot(t)
+	out := helper(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}, "mount-later", testCgroup(t).Path, t.TempDir())
+	if out != "outside=true inside=false\n" {
+		t.Errorf("got %q", out)
+	}
+}
+
+// playMountLater mounts cgroupfs, where mounts are shared, after a workload has started.
+func playMountLater(args []string) int {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil { // off from the machine's first
+		return 1
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return 1
+	}
+	r, w, _ := os.Pipe()
+	p, err := sandbox.Start(context.Background(), sandbox.Spec{
+		Argv: []string{os.Args[0], workload, "sleep"}, Cgroup: args[0], UID: testUser, GID: testUser, Stdout: w,
+	})
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	_, _ = r.Read(make([]byte, 10))
+	if err := unix.Mount("none", args[1], "cgroup2", 0, ""); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	seen := func(pid string) bool {
+		data, _ := os.ReadFile("/proc/" + pid + "/mountinfo")
+		return strings.Contains(string(data), args[1])
+	}
+	fmt.Printf("outside=%t inside=%t\n", seen("self"), seen(fmt.Sprint(p.PID())))
+	_ = p.Signal(syscall.SIGKILL)
+	_, _ = p.Wait()
+	return 0
+}
+
 // Root of namespaces of its own: takes the read-only flag away, mounts cgroupfs afresh, and moves.
 func TestUserNamespaceIsNoWayOut(t *testing.T) {
 	out := output(t, spec(t, "namespaces"))

@@ -87,6 +87,8 @@ func play(what string, args []string) int {
 			return 98
 		}
 		fmt.Println(sandbox.ProtectCgroupfsHere())
+	case "mount-later":
+		return playMountLater(args)
 	case "terminal":
 		return playTerminal(args)
 	case "without-capability":

@@ -145,6 +145,15 @@ func TestSpecsThatAreRefused(t *testing.T) {
 	}
 }
 
+// A directory that is no cgroup is refused for what it is, before anything is started.
+func TestAPlainDirectoryIsNoCgroup(t *testing.T) {
+	s := spec(t, "exit", "0")
+	s.CgroupFD, s.Cgroup = 0, t.TempDir()
+	if _, err := sandbox.Start(t.Context(), s); err == nil || !strings.Contains(err.Error(), "no directory of the unified hierarchy") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // A program that does not call Init would start itself for ever.
 func TestStartWithoutInitIsRefused(t *testing.T) {
 	s := spec(t, "exit", "0")

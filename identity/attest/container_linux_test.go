@@ -185,6 +185,13 @@ func TestRuncRecordsMustBeRoots(t *testing.T) {
 	if i := indexOf(found, pid); i < 0 {
 		t.Errorf("not among %d containers", len(found))
 	}
+	// A record of a container that is gone, whose cgroup a user could make anew.
+	for uid, want := range map[int]string{1000: "", 0: "c1"} {
+		if err := os.Chown(filepath.Join(a.CgroupRoot(), base), uid, uid); err != nil {
+			t.Fatal(err)
+		}
+		wantText(t, facts(t, a, pid), identity.FactContainerID, want, identity.FromContainer)
+	}
 	if err := os.Chown(file, 1000, 1000); err != nil {
 		t.Fatal(err)
 	}

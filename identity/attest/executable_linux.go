@@ -288,6 +288,11 @@ func (a *Attestor) slowly(ctx context.Context, do func(context.Context) error) e
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		return ctx.Err()
+		select {
+		case err := <-done: // it was done first: its end cancels ctx
+			return err
+		default:
+			return ctx.Err()
+		}
 	}
 }
