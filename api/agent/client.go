@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"sync"
@@ -51,8 +52,9 @@ type Client struct {
 	meter event.Meter
 	log   *slog.Logger
 
-	mu    sync.Mutex   // guards creds, and orders saving
+	mu    sync.Mutex   // guards what follows, and orders saving
 	creds *Credentials // immutable; swapped whole; nil before the first join
+	due   time.Time    // when the certificate is to be renewed, by this machine's clock
 }
 
 // Dial returns the client of an agent, with the credentials that are stored. It connects to nothing yet. Errors: a field
@@ -77,7 +79,27 @@ func Dial(ctx context.Context, cfg Config) (*Client, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	return &Client{cfg: cfg, meter: cfg.Meter, log: cfg.Logger, creds: creds}, nil
+	c := &Client{cfg: cfg, meter: cfg.Meter, log: cfg.Logger, creds: creds}
+	if creds != nil && len(creds.Chain) > 0 {
+		c.due = dueAt(creds.Chain[0].NotBefore, creds.Chain[0].NotAfter.Sub(creds.Chain[0].NotBefore))
+	}
+	return c, nil
+}
+
+// minRenewal is the least between two renewals: certificates so short, or a clock so wrong, are not answered by a flood.
+const minRenewal = time.Second
+
+// dueAt is half of a life, ±10 % so that agents that joined together do not renew together.
+func dueAt(from time.Time, life time.Duration) time.Time {
+	half := time.Duration((0.4 + 0.2*mathrand.Float64()) * float64(life)) //nolint:gosec // jitter is no secret
+	return from.Add(max(half, minRenewal))
+}
+
+// renewAt returns when the certificate is to be renewed, by this machine's clock.
+func (c *Client) renewAt() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.due
 }
 
 // Identity returns the machine this agent joined as, and its SPIFFE ID. Errors: matches [ErrNotJoined].
@@ -172,11 +194,7 @@ func (c *Client) Join(ctx context.Context, j Joining) error {
 	if err != nil {
 		return c.refused(ctx, conn, err)
 	}
-	creds, err := accept(answer, pending, j.Machine)
-	if err != nil {
-		return err
-	}
-	return c.save(ctx, creds)
+	return c.accept(ctx, answer, pending, j.Machine)
 }
 
 // checkClock refuses to go on with a clock that is far from the server's.
@@ -191,25 +209,33 @@ func (c *Client) checkClock(ctx context.Context, conn *connection) error {
 	return nil
 }
 
-// accept checks what a server answered to a join or a renewal. The server is proven, and still: a wrong answer must not
+// accept checks what a server answered to a join or a renewal, and keeps it. The server is proven, and still: a wrong answer must not
 // make the agent unusable.
-func accept(answer *agentpb.JoinResponse, asked *Credentials, machine string) (*Credentials, error) {
+func (c *Client) accept(ctx context.Context, answer *agentpb.JoinResponse, asked *Credentials, machine string) error {
 	chain, err := chainOf(answer.GetChain())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	creds := &Credentials{Key: asked.Key, Chain: chain}
 	got, id, err := creds.machine()
 	if err != nil || got != machine {
-		return nil, malformed("certificate from the server", "it is not that of this machine")
+		return malformed("certificate from the server", "it is not that of this machine")
 	}
 	if pub, ok := asked.Key.Public().(*ecdsa.PublicKey); !ok || !pub.Equal(chain[0].PublicKey) {
-		return nil, malformed("certificate from the server", "it is not of the key that was asked for")
+		return malformed("certificate from the server", "it is not of the key that was asked for")
 	}
 	if creds.Bundle, err = identity.ParseBundle(id.TrustDomain(), answer.GetBundle()); err != nil || len(creds.Bundle.X509Authorities) == 0 {
-		return nil, malformed("trust bundle from the server", "it cannot be parsed")
+		return malformed("trust bundle from the server", "it cannot be parsed")
 	}
-	return creds, nil
+	if err := c.save(ctx, creds); err != nil {
+		return err
+	}
+	// How long it holds is the server's clock's affair; when that is over, this one's.
+	life := creds.Chain[0].NotAfter.Sub(fromMillis(answer.GetServerTime()))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.due = dueAt(c.cfg.Now(), life)
+	return nil
 }
 
 func request(c *Credentials) ([]byte, error) {
@@ -239,11 +265,7 @@ func (c *Client) renew(ctx context.Context, conn *connection) error {
 	if err != nil {
 		return c.refused(ctx, conn, err)
 	}
-	creds, err := accept(answer, next, machine)
-	if err != nil {
-		return err
-	}
-	if err := c.save(ctx, creds); err != nil {
+	if err := c.accept(ctx, answer, next, machine); err != nil {
 		return err
 	}
 	c.meter.Count("agentclient_renewals", 1)

@@ -73,7 +73,8 @@ type Status struct {
 const (
 	minBackoff    = 500 * time.Millisecond
 	maxBackoff    = 30 * time.Second
-	steadyAfter   = time.Minute // a connection that held so long was no failure
+	soonAfter     = 5 * time.Second // a renewal so soon after another is not trusted to help
+	steadyAfter   = time.Minute     // a connection that held so long was no failure
 	askWithin     = 15 * time.Second
 	connectWithin = 3 * time.Second
 	pushBatch     = 500
@@ -105,15 +106,15 @@ func (s *Session) Run(ctx context.Context) error {
 	if _, _, err := s.client.Identity(); err != nil {
 		return err
 	}
-	attempt := 0
+	attempt, renewed := 0, time.Time{}
 	for ctx.Err() == nil {
 		began := time.Now()
 		err := s.connected(ctx)
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.Is(err, errRenewed):
-			attempt = 0
+		case errors.Is(err, errRenewed) && time.Since(renewed) > soonAfter:
+			attempt, renewed = 0, time.Now()
 			continue
 		case time.Since(began) > steadyAfter:
 			attempt = 0
@@ -167,7 +168,7 @@ func (s *Session) connected(ctx context.Context) error {
 			s.conn = nil
 		}
 	}()
-	if !s.serverNow().Before(s.renewAt()) { // it slept, or is late: renewing comes first, as nothing else may be answered
+	if !s.client.cfg.Now().Before(s.client.renewAt()) { // it slept, or is late: renewing comes first, as nothing else may be answered
 		if err := s.renew(ctx, conn); err != nil {
 			return err
 		}
@@ -195,27 +196,11 @@ func (s *Session) renew(ctx context.Context, conn *connection) error {
 	return s.client.renew(ctx, conn)
 }
 
-// serverNow is what the server's clock says, as far as is known: certificates are its.
-func (s *Session) serverNow() time.Time {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.client.cfg.Now().Add(s.skew)
-}
-
-// renewAt is half of the life of the certificate, ±10 % so that agents that joined together do not renew together.
-func (s *Session) renewAt() time.Time {
-	leaf := s.client.current().Chain[0]
-	life := leaf.NotAfter.Sub(leaf.NotBefore)
-	// The jitter is the certificate's own, so that asking twice gives one answer.
-	jitter := 0.2*(float64(leaf.SerialNumber.Bit(0))+2*float64(leaf.SerialNumber.Bit(1))+4*float64(leaf.SerialNumber.Bit(2))+8*float64(leaf.SerialNumber.Bit(3)))/15 - 0.1
-	return leaf.NotBefore.Add(time.Duration((0.5 + jitter) * float64(life)))
-}
-
 // renewInTime waits until the certificate is due, renews it, and ends the connection.
 func (s *Session) renewInTime(ctx context.Context, conn *connection) error {
 	attempt := 0
 	for {
-		wait := s.renewAt().Sub(s.serverNow())
+		wait := s.client.renewAt().Sub(s.client.cfg.Now())
 		if attempt > 0 {
 			wait = backoffOf(attempt, rand.Float64()) //nolint:gosec // jitter is no secret
 		}
@@ -224,7 +209,7 @@ func (s *Session) renewInTime(ctx context.Context, conn *connection) error {
 			return ctx.Err()
 		case <-time.After(min(max(wait, 0), time.Minute)): // the clock may be set meanwhile
 		}
-		if s.serverNow().Before(s.renewAt()) {
+		if s.client.cfg.Now().Before(s.client.renewAt()) {
 			continue
 		}
 		err := s.renew(ctx, conn)

@@ -73,13 +73,14 @@ func (c *counts) get(name string) int64 {
 // world is a server with everything real but the disk.
 type world struct {
 	*testing.T
-	fleet   *fleet.Fleet
-	store   *fleettest.Memory
-	ca      *ca.Authority
-	meter   *counts
-	cfg     agent.ServerConfig
-	address string
-	stop    func()
+	fleet       *fleet.Fleet
+	store       *fleettest.Memory
+	ca          *ca.Authority
+	meter       *counts
+	cfg         agent.ServerConfig
+	fleetConfig fleet.Config
+	address     string
+	stop        func()
 
 	mu   sync.Mutex
 	skew time.Duration // of the server's clock; guarded by mu
@@ -109,15 +110,8 @@ func newWorld(t *testing.T, change func(*agent.ServerConfig, *fleet.Config)) *wo
 	if change != nil {
 		change(&w.cfg, &fleetConfig)
 	}
-	f, err := fleet.Open(t.Context(), fleetConfig)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.fleet, w.cfg.Fleet = f, f
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- f.Run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
+	w.fleetConfig = fleetConfig
+	w.open()
 	w.start()
 	t.Cleanup(func() { w.stop() })
 	return w
@@ -132,6 +126,20 @@ func newAuthority(t *testing.T, now func() time.Time) *ca.Authority {
 		t.Fatal(err)
 	}
 	return a
+}
+
+// open opens the fleet of what is stored and runs it.
+func (w *world) open() {
+	w.Helper()
+	f, err := fleet.Open(w.Context(), w.fleetConfig)
+	if err != nil {
+		w.Fatal(err)
+	}
+	w.fleet, w.cfg.Fleet = f, f
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- f.Run(ctx) }()
+	w.Cleanup(func() { cancel(); <-done })
 }
 
 // certificates returns a certificate of an ID, made when it is first asked for.
