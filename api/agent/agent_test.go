@@ -293,6 +293,7 @@ func TestAKilledServerLosesNothingAndDoublesNothing(t *testing.T) {
 		time.Sleep(100 * time.Millisecond)
 		w.stop()
 		want(t, func() error { _, err := s.Report(t.Context(), fleet.Report{}); return err }(), agent.ErrUnreachable)
+		eventually(t, "it is noticed", func() bool { return !s.Status().Connected })
 		w.start()
 		w.connected(s)
 	}
