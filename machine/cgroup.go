@@ -110,3 +110,28 @@ func (m *Machine) removeCgroup(cgroup string) {
 		}
 	}
 }
+
+// RemoveEmptyCgroups removes the cgroups that machines made below a directory of the unified hierarchy and in which nothing
+// runs, and returns them. Those of another agent's running workloads are not empty, and stay.
+func RemoveEmptyCgroups(subtree string) ([]string, error) {
+	top := filepath.Join(subtree, workloadsDir)
+	entries, err := os.ReadDir(top)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var removed []string
+	for _, e := range entries {
+		dir := filepath.Join(top, e.Name())
+		if busy, err := populated(dir); e.IsDir() && err == nil && !busy {
+			(&Machine{}).removeCgroup(dir)
+			removed = append(removed, dir)
+		}
+	}
+	if os.Remove(top) == nil {
+		removed = append(removed, top)
+	}
+	return removed, nil
+}

@@ -114,7 +114,9 @@ func New(cfg Config) (*Machine, error) {
 	if err := m.load(); err != nil {
 		return nil, err
 	}
-	return m, nil
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m, m.saveLocked() // a directory that cannot be written is found out now
 }
 
 // Run watches workloads, reports them, and renews their SVIDs until ctx ends. It returns nil when ctx has ended.

@@ -19,6 +19,8 @@ const stateFile = "machine.json"
 // state is what outlives the agent. Its shape is versioned; another version is set aside, not guessed at.
 type state struct {
 	Version   int              `json:"version"`
+	Machine   string           `json:"machine"`
+	Domain    string           `json:"trust_domain"`
 	Revision  uint64           `json:"revision"`
 	Policy    *fleet.PolicySet `json:"policy_set,omitempty"`
 	Bundle    json.RawMessage  `json:"bundle,omitempty"`
@@ -38,7 +40,10 @@ func newReleaseID() string { return identity.Unique("rl") }
 // saveLocked writes the state atomically. mu is held.
 func (m *Machine) saveLocked() error {
 	v := m.view.Load()
-	s := state{Version: stateVersion, Revision: v.revision, Policy: v.source, Released: m.released}
+	s := state{
+		Version: stateVersion, Machine: m.cfg.ID, Domain: string(m.cfg.TrustDomain), Revision: v.revision, Policy: v.source,
+		Released: m.released,
+	}
 	if v.bundle != nil {
 		raw, err := json.Marshal(v.bundle)
 		if err != nil {
@@ -93,6 +98,9 @@ func (m *Machine) load() error {
 		m.log.Error("the machine's state cannot be read; it is set aside, and the server is asked for everything again",
 			"file", aside, "version", s.Version, "error", err)
 		return os.Rename(name, aside)
+	}
+	if m.cfg.ID == "" { // a release without the agent: the machine is who it was
+		m.cfg.ID, m.cfg.TrustDomain = s.Machine, identity.TrustDomain(s.Domain)
 	}
 	v := emptyView(m.cfg.TrustDomain)
 	if s.Policy != nil {

@@ -1,0 +1,293 @@
+package redoubt
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redoubtsec/redoubt/api/local"
+	"github.com/redoubtsec/redoubt/event"
+	"github.com/redoubtsec/redoubt/identity"
+	"github.com/redoubtsec/redoubt/identity/attest"
+	"github.com/redoubtsec/redoubt/identity/workload"
+	"github.com/redoubtsec/redoubt/machine"
+	"github.com/redoubtsec/redoubt/policy"
+	"github.com/redoubtsec/redoubt/refusal"
+	"github.com/redoubtsec/redoubt/sandbox"
+	"github.com/redoubtsec/redoubt/sensor"
+)
+
+// host plugs the doors that look at this machine (attest, sandbox, sensor) into those that need them.
+type host struct {
+	id       string
+	attestor *attest.Attestor
+	machine  *machine.Machine
+	meter    event.Meter
+	subtree  string
+	userMu   sync.Mutex // one dynamic user at a time, so that two calls do not get the same
+	proofs   atomic.Pointer[[]policy.Protection]
+	ledger   atomic.Pointer[sensor.Ledger]
+	extra    func() map[string]any // what `doctor` shows of the agent itself
+}
+
+// Process implements machine.Attestor.
+func (h *host) Process(ctx context.Context, pid int) (machine.Subject, error) {
+	s, err := h.attestor.Process(ctx, pid)
+	if err != nil {
+		return machine.Subject{}, err
+	}
+	return machine.Subject{PID: s.PID, Start: s.Start, Cgroup: s.Cgroup, CgroupID: s.CgroupID, Facts: s.Facts}, nil
+}
+
+// Resolve implements local.Host. A pid stands for itself and its descendants; its cgroup is its own if nothing else is in it.
+func (h *host) Resolve(ctx context.Context, name string) (local.Target, error) {
+	t, err := h.attestor.Resolve(ctx, name)
+	if err != nil {
+		return local.Target{}, err
+	}
+	out := local.Target{Cgroup: t.Cgroup, CgroupID: t.CgroupID, PIDs: t.PIDs, Unit: t.Unit, Kind: string(t.Kind), Alone: true}
+	if t.Kind == attest.KindCgroup && t.Cgroup == "/" {
+		return local.Target{}, &refusal.Error{
+			Kind: refusal.Invalid, Code: "root-cgroup", What: "enroll cgroup /", Why: "it holds the whole machine, not one workload",
+			Do: "name a unit, a process, or a cgroup below it",
+		}
+	}
+	if t.Kind != attest.KindPID {
+		return out, nil
+	}
+	family := descendants(t.PIDs)
+	out.PIDs = family
+	if t.Unit != "" && strings.HasSuffix(t.Unit, ".service") {
+		return out, nil // a unit is a workload as a whole: moving one of its processes would tear it apart
+	}
+	whole, err := h.attestor.Resolve(ctx, t.Cgroup)
+	out.Alone = err == nil && t.Cgroup != "/" && subset(whole.PIDs, family)
+	return out, nil
+}
+
+// descendants returns the processes and all that descend from them; bounded by the number of processes.
+func descendants(pids []int) []int {
+	children := map[int][]int{}
+	entries, _ := os.ReadDir("/proc")
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		raw, err := os.ReadFile(path.Join("/proc", e.Name(), "stat"))
+		if err != nil {
+			continue
+		}
+		// The command name may hold blanks and parentheses: the fields begin after the last one.
+		fields := strings.Fields(string(raw[strings.LastIndexByte(string(raw), ')')+1:]))
+		if len(fields) < 2 {
+			continue
+		}
+		if parent, err := strconv.Atoi(fields[1]); err == nil {
+			children[parent] = append(children[parent], pid)
+		}
+	}
+	seen := map[int]bool{}
+	var out []int
+	for queue := pids; len(queue) > 0; queue = queue[1:] {
+		if seen[queue[0]] {
+			continue
+		}
+		seen[queue[0]] = true
+		out = append(out, queue[0])
+		queue = append(queue, children[queue[0]]...)
+	}
+	return out
+}
+
+func subset(all, of []int) bool {
+	in := map[int]bool{}
+	for _, p := range of {
+		in[p] = true
+	}
+	for _, p := range all {
+		if !in[p] {
+			return false
+		}
+	}
+	return true
+}
+
+// User implements local.Host.
+func (h *host) User(_ context.Context, name string) (uint32, uint32, error) {
+	if name != "" {
+		return sandbox.LookupUser(name)
+	}
+	h.userMu.Lock()
+	defer h.userMu.Unlock()
+	taken := map[uint32]bool{}
+	for _, w := range h.machine.Workloads() {
+		taken[w.UID] = true
+	}
+	uid, err := sandbox.DynamicUser(identity.Unique("u"), taken)
+	return uid, uid, err
+}
+
+// Explain implements local.Host: what a workload, or anything that runs, is attested as, and which rules gave it its name.
+func (h *host) Explain(ctx context.Context, name string) (json.RawMessage, error) {
+	type explanation struct {
+		Workload *machine.Workload `json:"workload,omitempty"`
+		Facts    identity.FactSet  `json:"facts"`
+		Warnings []string          `json:"warnings,omitempty"`
+		Issuance json.RawMessage   `json:"issuance,omitempty"`
+		Identity identity.ID       `json:"identity,omitzero"`
+		Refusal  string            `json:"refusal,omitempty"`
+	}
+	fill := func(w machine.Workload) (json.RawMessage, error) {
+		return json.Marshal(explanation{Workload: &w, Facts: w.Facts, Issuance: w.Issuance, Identity: w.ID, Refusal: w.Refusal})
+	}
+	for _, w := range h.machine.Workloads() {
+		if w.Instance == name || w.Service == name && name != "" {
+			return fill(w)
+		}
+	}
+	t, err := h.attestor.Resolve(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if w, ok := h.machine.ByCgroup(t.Cgroup); ok {
+		return fill(w)
+	}
+	if len(t.PIDs) == 0 {
+		return nil, &refusal.Error{
+			Kind: refusal.Unknown, Code: "no-process", What: "explain " + name, Why: "no process runs there", Do: "name something that runs",
+		}
+	}
+	s, err := h.attestor.Process(ctx, t.PIDs[0])
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(explanation{Facts: s.Facts, Warnings: s.Warnings, Refusal: "it is no workload: start it with redoubt run, or enroll it"})
+}
+
+// Protections implements local.Host.
+func (h *host) Protections() []policy.Protection {
+	var proofs []policy.Protection
+	if p := h.proofs.Load(); p != nil {
+		proofs = *p
+	}
+	out := make([]policy.Protection, 0, len(proofs))
+	out = append(out, proofs...)
+	return append(out, h.machine.Protections(proofs)...)
+}
+
+// Doctor implements local.Host.
+func (h *host) Doctor(ctx context.Context) (json.RawMessage, error) {
+	ledger := h.ledger.Load()
+	if ledger == nil {
+		var err error
+		if ledger, err = sensor.Probe(ctx, h.attestor.CgroupRoot()); err != nil {
+			return nil, err
+		}
+		h.ledger.Store(ledger)
+	}
+	doc := map[string]any{
+		"machine": h.id, "ledger": ledger, "summary": ledger.Summary(), "protections": h.Protections(), "status": h.machine.Status(),
+		"when_unsure": whenUnsure,
+	}
+	for k, v := range h.extra() {
+		doc[k] = v
+	}
+	return json.Marshal(doc)
+}
+
+// whenUnsure is what each part does when another is gone (docs/contracts.md, "When unsure").
+var whenUnsure = []string{
+	"server gone: this agent decides with its last policy set and serves the SVIDs it has until they expire; new workloads get none until it is back",
+	"agent gone: running workloads keep their confinement and the SVIDs they hold; no SVID is renewed and nothing new is started",
+	"policy set not readable: the former one stays in force, and the event stream says so",
+	"point in enforce that cannot decide: refuses, except what the never-touch list protects",
+}
+
+// prove attacks a throw-away workload again and again, so that nothing is called enforced without a recent proof.
+func (h *host) prove(ctx context.Context, every time.Duration, report func(error)) {
+	for {
+		taken := map[uint32]bool{}
+		for _, w := range h.machine.Workloads() {
+			taken[w.UID] = true
+		}
+		root := path.Join(h.attestor.CgroupRoot(), h.subtree)
+		proofs, err := sandbox.Prove(ctx, sandbox.ProveConfig{CgroupRoot: root, Machine: h.id, Taken: taken, Meter: h.meter})
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			report(err)
+			proofs = []policy.Protection{{
+				Machine: h.id, Name: machine.Confinement, State: policy.NotEnforceable, Reason: err.Error(),
+				Change: "see redoubt doctor for what this machine lacks",
+			}}
+		}
+		h.proofs.Store(&proofs)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(every):
+		}
+	}
+}
+
+// source gives the Workload API its documents. It is a type of its own because only the roof knows both rooms.
+type source struct{ machine *machine.Machine }
+
+// X509 implements workload.Source.
+func (s source) X509(ctx context.Context, c *workload.Caller) (workload.Update, error) {
+	docs, err := s.machine.Documents(ctx, c.PID, c.Cgroup)
+	return workload.Update{SVIDs: docs.SVIDs, Bundles: docs.Bundles, Changed: docs.Changed}, err
+}
+
+// Bundles implements workload.Source.
+func (s source) Bundles(ctx context.Context, c *workload.Caller) (workload.Update, error) {
+	bundle, changed, err := s.machine.Bundle(ctx, c.PID, c.Cgroup)
+	if err != nil {
+		return workload.Update{}, err
+	}
+	return workload.Update{Bundles: []*identity.Bundle{bundle}, Changed: changed}, nil
+}
+
+// JWT implements workload.Source.
+func (s source) JWT(ctx context.Context, c *workload.Caller, audience []string, only identity.ID) ([]*identity.JWTSVID, error) {
+	svid, err := s.machine.JWT(ctx, c.PID, c.Cgroup, audience, only)
+	if err != nil {
+		return nil, err
+	}
+	return []*identity.JWTSVID{svid}, nil
+}
+
+// hostName is the machine's name, made into one that a SPIFFE ID can carry.
+func hostName() string {
+	name, err := os.Hostname()
+	if err != nil || name == "" {
+		return "machine"
+	}
+	return strings.Trim(strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' || r == '.' {
+			return r
+		}
+		return '-'
+	}, strings.ToLower(name)), "-.")
+}
+
+// unpin lifts everything below a bpffs directory; a directory that is none holds nothing of ours.
+func unpin(dir string) ([]string, error) {
+	if _, err := os.Stat(dir); err != nil {
+		return nil, nil //nolint:nilerr // no directory, nothing pinned
+	}
+	lifted, err := sensor.Unpin(dir)
+	if err != nil {
+		return lifted, fmt.Errorf("unpin %s: %w", dir, err)
+	}
+	return lifted, nil
+}
