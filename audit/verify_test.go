@@ -199,6 +199,12 @@ func TestEachKindOfTamperingIsFound(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, audit.Options{}, "bundle-damaged@0"},
+		{"a bundle replaced by a directory", func(t *testing.T, _, log string) {
+			rm(t, filepath.Join(log, full))
+			if err := os.Mkdir(filepath.Join(log, full), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}, audit.Options{}, "bundle-damaged@0"},
 		{"a hash tile altered", func(t *testing.T, _, log string) {
 			edit(t, filepath.Join(log, "tile/0/000"), func(b []byte) []byte { b[40] ^= 1; return b })
 		}, audit.Options{}, "tile-damaged@0"},

@@ -147,9 +147,6 @@ func unpack(ctx context.Context, r io.Reader, dir string) (Manifest, error) {
 		if total += header.Size; total > MaxTotal || len(found) >= MaxFiles {
 			return Manifest{}, hostile("more files or bytes than a back-up has")
 		}
-		if _, twice := found[header.Name]; twice {
-			return Manifest{}, hostile("one file twice")
-		}
 		e, err := writeFile(ctx, root, header, in)
 		if err != nil {
 			return Manifest{}, err
@@ -187,6 +184,7 @@ func writeFile(ctx context.Context, root *os.Root, h *tar.Header, r io.Reader) (
 			return e, blocked(err)
 		}
 	}
+	// Exclusive: of two files of one name none is taken.
 	file, err := root.OpenFile(h.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return e, blocked(err)

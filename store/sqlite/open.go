@@ -29,10 +29,12 @@ const FileName = "redoubt.db"
 // applicationID marks a file as Redoubt's, in the field that SQLite has for it ("RDBT").
 const applicationID = 0x52444254
 
-// The bounds of this room.
+// MaxWaiting bounds the updates that wait for the one writer.
+const MaxWaiting = 1024
+
+// The other bounds of this room.
 const (
 	maxReaders  = 4               // connections that read
-	maxWaiting  = 1024            // updates that wait for the one writer
 	busyTimeout = 5 * time.Second // for locks that other programs hold
 	opening     = time.Minute     // for the checks at Open
 )

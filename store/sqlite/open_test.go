@@ -98,6 +98,11 @@ func TestOpenRefusesWhatIsNotItsDatabaseAndLeavesItAlone(t *testing.T) {
 			}
 			write(t, path, raw)
 		}, sqlite.ErrCorrupt},
+		{"one damaged page", func(t *testing.T, path string) {
+			raw := filled(t, path)
+			copy(raw[len(raw)-4096+8:], bytes.Repeat([]byte{0xff}, 6)) // the first cell pointers of the last page
+			write(t, path, raw)
+		}, sqlite.ErrCorrupt},
 		{"cut short", func(t *testing.T, path string) { raw := filled(t, path); write(t, path, raw[:len(raw)/2]) }, sqlite.ErrCorrupt},
 		{"destroyed beginning", func(t *testing.T, path string) {
 			raw := filled(t, path)

@@ -3,6 +3,7 @@ package sqlite_test
 import (
 	"context"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -174,6 +175,38 @@ func TestEveryChangeAndItsRecordAreOneTransaction(t *testing.T) {
 				t.Errorf("outbox (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+func TestWaitingForTheWriterIsBounded(t *testing.T) {
+	ctx, s := t.Context(), fresh(t)
+	hold, held := make(chan struct{}), make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_ = s.Fleet().Update(ctx, func(fleet.Tx) error {
+			close(held)
+			<-hold
+			return nil
+		})
+	})
+	<-held
+	refused := make(chan error, sqlite.MaxWaiting+8)
+	for range sqlite.MaxWaiting + 7 { // with the one at work: 8 too many
+		wg.Go(func() {
+			if err := s.Fleet().Update(ctx, func(fleet.Tx) error { return nil }); err != nil {
+				refused <- err
+			}
+		})
+	}
+	for range 8 {
+		if err := <-refused; !isCode(err, sqlite.ErrTooMany) {
+			t.Errorf("got %v, want code %s", err, sqlite.ErrTooMany.Code)
+		}
+	}
+	close(hold)
+	wg.Wait()
+	if len(refused) > 0 {
+		t.Errorf("%d more were refused", len(refused))
 	}
 }
 

@@ -14,12 +14,12 @@ import (
 
 // update runs fn in a transaction that may write. It commits if fn returns nil, and undoes everything else.
 func (s *Store) update(ctx context.Context, fn func(tx *tx) error) error {
-	if s.waiting.Add(1) > maxWaiting {
+	if s.waiting.Add(1) > MaxWaiting {
 		s.waiting.Add(-1)
 		s.meter.Count("sqlite_refused", 1, "reason", ErrTooMany.Code)
 		return &refusal.Error{
 			Kind: refusal.Exhausted, Code: ErrTooMany.Code, What: "change of the server's state",
-			Why: fmt.Sprintf("%d changes wait already", maxWaiting), Do: "try again later, with fewer at one time",
+			Why: fmt.Sprintf("%d changes wait already", MaxWaiting), Do: "try again later, with fewer at one time",
 		}
 	}
 	defer s.waiting.Add(-1)
