@@ -168,7 +168,6 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 	if a.localListener, err = local.Listen(filepath.Join(a.cfg.Data, AgentSocket)); err != nil {
 		return err
 	}
-	// The agent's own socket is ours by now, so whoever listened on the Workload API before is gone.
 	path := a.socket()
 	if len(path) > maxSocketPath {
 		return &refusal.Error{
@@ -179,14 +178,8 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { //nolint:gosec // workloads pass through it
 		return fmt.Errorf("directory of the Workload API: %w", err)
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove the old socket: %w", err)
-	}
-	if a.workloadListener, err = (&net.ListenConfig{}).Listen(ctx, "unix", path); err != nil {
-		return fmt.Errorf("Workload API: %w", err) //nolint:staticcheck // a name
-	}
 	// Every workload may connect: who it is, the kernel says.
-	if err := os.Chmod(path, 0o666); err != nil { //nolint:gosec // see above
+	if a.workloadListener, err = workload.Listen(ctx, path); err != nil {
 		return err
 	}
 	if a.cfg.Agent.Metrics != "off" {

@@ -219,13 +219,14 @@ func (m *Machine) assign(a fleet.Assigned) {
 	if !ok {
 		return
 	}
+	w.Issuance = a.Issuance
 	if a.ID == w.ID && (a.Refusal == nil) == (w.refused == nil) && !w.ID.IsZero() {
 		return
 	}
 	if a.ID != w.ID {
 		w.svid, w.renewAt, w.jwts = nil, time.Time{}, map[string]*cachedJWT{}
 	}
-	w.ID, w.refused, w.Refusal, w.Issuance = a.ID, nil, "", a.Issuance
+	w.ID, w.refused, w.Refusal = a.ID, nil, ""
 	if a.Refusal != nil {
 		w.refused = a.Refusal.Err()
 		w.Refusal = w.refused.Error()

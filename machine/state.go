@@ -52,7 +52,7 @@ func (m *Machine) saveLocked() error {
 		s.Bundle = raw
 	}
 	for _, w := range m.workloads {
-		s.Workloads = append(s.Workloads, storedWorkload{m.copyLocked(w), w.ours})
+		s.Workloads = append(s.Workloads, storedWorkload{w.Workload, w.ours})
 	}
 	raw, err := json.Marshal(s)
 	if err != nil {

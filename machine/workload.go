@@ -346,6 +346,17 @@ func (m *Machine) copyLocked(w *workload) Workload {
 	if w.svid != nil {
 		c.Expires = w.svid.Expires()
 	}
+	// What the server alone says of it (its machine, a quarantine) comes with the identities it pushes.
+	if peer, ok := m.view.Load().identities[w.Instance]; ok {
+		for _, f := range peer.Facts.All() {
+			if f.Source != identity.FromServer {
+				continue
+			}
+			if with, err := c.Facts.With(f); err == nil {
+				c.Facts = with
+			}
+		}
+	}
 	return c
 }
 

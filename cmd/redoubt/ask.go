@@ -68,7 +68,7 @@ func (c *cli) ask(ctx context.Context, args []string, circumstances, instance st
 	return &d, err
 }
 
-// present finds the instance of a workload by service, identity or instance; "" if the name is none that is known.
+// present finds the instance of a workload by service, identity or instance; "" of an identity that nothing bears.
 func present(ctx context.Context, api *client.Client, name string) (string, error) {
 	f := client.WorkloadFilter{State: "present", Service: name}
 	switch {
@@ -78,10 +78,18 @@ func present(ctx context.Context, api *client.Client, name string) (string, erro
 		f.Service, f.Identity = "", name
 	}
 	page, err := api.ListWorkloads(ctx, f, client.Paging{Limit: 1})
-	if err != nil || len(page.Items) == 0 {
+	switch {
+	case err != nil:
 		return "", err
+	case len(page.Items) > 0:
+		return page.Items[0].Instance, nil
+	case f.Identity != "":
+		return "", nil // an identity may be asked about before anything bears it
 	}
-	return page.Items[0].Instance, nil
+	return "", &refusal.Error{
+		Kind: refusal.Unknown, Code: "unknown-workload", What: "workload " + name, Why: "no workload of that service is present",
+		Do: "see redoubt get workloads, or ask about an identity: Workload:spiffe://…",
+	}
 }
 
 func (c *cli) askLocal(ctx context.Context, principal, action, resource policy.UID, raw map[string]json.RawMessage) (*policy.Decision, error) {

@@ -71,6 +71,9 @@ func attack(ctx context.Context, name, arg string) attackResult {
 		return through(string(raw[:min(8, len(raw))]) + "… read")
 	case "identity":
 		return ownIdentity(ctx)
+	case "wait":
+		<-ctx.Done()
+		return through("waited")
 	default:
 		return attackResult{"unknown", "no such attempt"}
 	}

@@ -14,7 +14,9 @@ import (
 // listers are the kinds of `redoubt get`.
 func (c *cli) listers() map[string]lister {
 	return map[string]lister{
-		"machines": of(func(ctx context.Context, api *client.Client) func(func(fleet.Machine, error) bool) { return api.Machines(ctx) },
+		"machines": of(func(ctx context.Context, api *client.Client) func(func(fleet.Machine, error) bool) {
+			return api.Machines(ctx)
+		},
 			"MACHINE\tSTATE\tVERSION\tJOINED\tLAST SEEN", func(m fleet.Machine) []any {
 				state := string(m.State)
 				if m.Lost && m.State == fleet.MachineJoined {
@@ -31,15 +33,21 @@ func (c *cli) listers() map[string]lister {
 			}
 			return []any{w.Instance, w.Service, w.Machine, w.State, id}
 		}),
-		"tokens": of(func(ctx context.Context, api *client.Client) func(func(fleet.JoinToken, error) bool) { return api.Tokens(ctx) },
+		"tokens": of(func(ctx context.Context, api *client.Client) func(func(fleet.JoinToken, error) bool) {
+			return api.Tokens(ctx)
+		},
 			"TOKEN\tMACHINE\tEXPIRES\tUSED", func(t fleet.JoinToken) []any {
 				return []any{t.ID, t.Machine, when(t.Expires), when(t.Used)}
 			}),
-		"editions": of(func(ctx context.Context, api *client.Client) func(func(set.Edition, error) bool) { return api.PolicySets(ctx) },
+		"editions": of(func(ctx context.Context, api *client.Client) func(func(set.Edition, error) bool) {
+			return api.PolicySets(ctx)
+		},
 			"VERSION\tSTATE\tCAUSE\tCREATED\tAUTHOR\tNOTE", func(e set.Edition) []any {
 				return []any{e.Version, e.State, e.Cause, when(e.Created), e.Author, e.Note}
 			}),
-		"overrides": of(func(ctx context.Context, api *client.Client) func(func(set.Override, error) bool) { return api.Observations(ctx) },
+		"overrides": of(func(ctx context.Context, api *client.Client) func(func(set.Override, error) bool) {
+			return api.Observations(ctx)
+		},
 			"OVERRIDE\tFOR\tUNTIL\tAUTHOR\tNOTE", func(o set.Override) []any {
 				return []any{o.ID, selectorText(o.All, o.Service, o.Machine, o.Labels), when(o.Expires), o.Author, o.Note}
 			}),
@@ -51,11 +59,15 @@ func (c *cli) listers() map[string]lister {
 				d.Request.Resource.UID,
 			}
 		}),
-		"revocations": of(func(ctx context.Context, api *client.Client) func(func(fleet.Revocation, error) bool) { return api.Revocations(ctx) },
+		"revocations": of(func(ctx context.Context, api *client.Client) func(func(fleet.Revocation, error) bool) {
+			return api.Revocations(ctx)
+		},
 			"REVOCATION\tOF\tUNTIL\tREASON", func(r fleet.Revocation) []any {
 				return []any{r.ID, cmp.Or(r.Identity.String(), r.Machine, r.SPKI), when(r.Expires), r.Reason}
 			}),
-		"quarantines": of(func(ctx context.Context, api *client.Client) func(func(fleet.Quarantine, error) bool) { return api.Quarantines(ctx) },
+		"quarantines": of(func(ctx context.Context, api *client.Client) func(func(fleet.Quarantine, error) bool) {
+			return api.Quarantines(ctx)
+		},
 			"QUARANTINE\tOF\tUNTIL\tREASON", func(q fleet.Quarantine) []any {
 				return []any{q.ID, cmp.Or(q.Identity.String(), q.Instance), when(q.Expires), q.Reason}
 			}),

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/redoubtsec/redoubt"
 	"github.com/redoubtsec/redoubt/sandbox"
 )
 
@@ -20,6 +21,7 @@ var version = "unversioned"
 
 func main() {
 	sandbox.Init() // in the re-executed init step of `redoubt run` this confines and never returns
+	redoubt.SetVersion(version)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := execute(ctx, os.Args[1:], streams{in: os.Stdin, out: os.Stdout, err: os.Stderr})
 	stop()

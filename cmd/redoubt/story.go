@@ -31,6 +31,8 @@ type story struct {
 	out    io.Writer
 	report demoReport
 	failed string // the first step that did not end as promised
+	actors []*sandbox.Process
+	names  []string // instances of the actors
 }
 
 func (s *story) say(format string, args ...any) { _, _ = fmt.Fprintf(s.out, format+"\n", args...) }
@@ -57,6 +59,12 @@ func (s *story) tell(ctx context.Context) error {
 		return err
 	}
 	s.report = demoReport{Incidents: []json.RawMessage{}, Shoppers: map[string]int{"requests": 0, "errors": 0}}
+	defer s.curtain(ctx)
+	for _, service := range []string{"orders", "web"} {
+		if err := s.actor(ctx, service); err != nil {
+			return err
+		}
+	}
 	for _, chapter := range []func(context.Context) error{s.see, s.attack, s.understand, s.protect, s.truth} {
 		if err := chapter(ctx); err != nil {
 			return err
@@ -234,8 +242,8 @@ func (s *story) truth(ctx context.Context) error {
 	return nil
 }
 
-// inWorkload runs one attempt as a workload of a service, and returns what it saw.
-func (s *story) inWorkload(ctx context.Context, service string, privileged bool, attempt, arg string) (attackResult, machine.Workload, error) {
+// launch starts one command of this program as a workload; stdout may be nil.
+func (s *story) launch(ctx context.Context, service string, privileged bool, stdout *os.File, args ...string) (*sandbox.Process, machine.Workload, error) {
 	agent := s.cli.agent()
 	defer agent.Close()
 	prepare := local.Prepare{Service: service, Labels: map[string]string{"demo": "yes"}, Privileged: privileged}
@@ -244,38 +252,74 @@ func (s *story) inWorkload(ctx context.Context, service string, privileged bool,
 	}
 	p, err := agent.Prepare(ctx, prepare)
 	if err != nil {
-		return attackResult{}, machine.Workload{}, err
+		return nil, machine.Workload{}, err
 	}
-	defer func() { _ = agent.Ended(context.WithoutCancel(ctx), p.Workload.Instance) }()
 	root, err := attest.CgroupRoot()
 	if err != nil {
-		return attackResult{}, p.Workload, err
+		return nil, p.Workload, err
 	}
 	binary, err := s.binary()
 	if err != nil {
-		return attackResult{}, p.Workload, err
+		return nil, p.Workload, err
 	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		return attackResult{}, p.Workload, err
-	}
-	defer func() { _ = r.Close() }()
 	proc, err := sandbox.Start(ctx, sandbox.Spec{
-		Argv: []string{binary, "demo", "attack", attempt, arg}, Env: environment(p), Cgroup: filepath.Join(root, p.Workload.Cgroup),
-		UID: p.Workload.UID, GID: p.Workload.GID, Privileged: privileged, Stdout: w, Stderr: os.Stderr,
+		Argv: append([]string{binary, "demo", "attack"}, args...), Env: environment(p), Cgroup: filepath.Join(root, p.Workload.Cgroup),
+		UID: p.Workload.UID, GID: p.Workload.GID, Privileged: privileged, Stdout: stdout, Stderr: os.Stderr,
 	})
-	_ = w.Close()
 	if err != nil {
-		return attackResult{}, p.Workload, err
+		return nil, p.Workload, errors.Join(err, agent.Ended(context.WithoutCancel(ctx), p.Workload.Instance))
 	}
 	known, err := agent.Started(ctx, p.Workload.Instance, proc.PID())
-	if err != nil && !ended(err) {
+	switch {
+	case err == nil:
+		return proc, known, nil
+	case ended(err):
+		return proc, p.Workload, nil
+	}
+	_ = proc.Signal(os.Kill)
+	_, _ = proc.Wait()
+	return nil, p.Workload, err
+}
+
+// actor starts a workload that stays for the length of the story.
+func (s *story) actor(ctx context.Context, service string) error {
+	proc, w, err := s.launch(ctx, service, false, nil, "wait")
+	if err != nil {
+		return err
+	}
+	s.actors, s.names = append(s.actors, proc), append(s.names, w.Instance)
+	return nil
+}
+
+// curtain ends the actors and removes what the story left.
+func (s *story) curtain(ctx context.Context) {
+	agent := s.cli.agent()
+	defer agent.Close()
+	for i, proc := range s.actors {
 		_ = proc.Signal(os.Kill)
 		_, _ = proc.Wait()
-		return attackResult{}, p.Workload, err
+		_ = agent.Ended(context.WithoutCancel(ctx), s.names[i])
+	}
+	_ = os.RemoveAll(s.binaryDir())
+}
+
+// inWorkload runs one attempt as a workload of a service, and returns what it saw.
+func (s *story) inWorkload(ctx context.Context, service string, privileged bool, attempt, arg string) (attackResult, machine.Workload, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return attackResult{}, machine.Workload{}, err
+	}
+	defer func() { _ = r.Close() }()
+	proc, known, err := s.launch(ctx, service, privileged, w, attempt, arg)
+	_ = w.Close()
+	if err != nil {
+		return attackResult{}, known, err
 	}
 	saw, readErr := io.ReadAll(io.LimitReader(r, 64<<10))
 	exit, err := proc.Wait()
+	agent := s.cli.agent()
+	defer agent.Close()
+	_ = agent.Ended(context.WithoutCancel(ctx), known.Instance)
 	if err := errors.Join(err, readErr); err != nil {
 		return attackResult{}, known, err
 	}
@@ -283,15 +327,12 @@ func (s *story) inWorkload(ctx context.Context, service string, privileged bool,
 	if err := json.Unmarshal(bytes.TrimSpace(saw), &got); err != nil {
 		return attackResult{Got: "unknown", Evidence: fmt.Sprintf("exit status %d, printed %q", exit.Status(), saw)}, known, nil
 	}
-	if known.Instance == "" {
-		known = p.Workload
-	}
 	return got, known, nil
 }
 
 // binary returns a copy of this program that any user may run: the build tree may be closed to them.
 func (s *story) binary() (string, error) {
-	dir := filepath.Join(os.TempDir(), filepath.Base(s.data)+"-bin")
+	dir := s.binaryDir()
 	name := filepath.Join(dir, "redoubt")
 	if _, err := os.Stat(name); err == nil {
 		return name, nil
@@ -309,6 +350,8 @@ func (s *story) binary() (string, error) {
 	}
 	return name, os.WriteFile(name, raw, 0o755) //nolint:gosec // others must run it
 }
+
+func (s *story) binaryDir() string { return filepath.Join(os.TempDir(), filepath.Base(s.data)+"-bin") }
 
 // demoPolicies are those of examples/policies, in short.
 var demoPolicies = []set.File{
