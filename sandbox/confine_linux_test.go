@@ -133,7 +133,7 @@ func TestDescriptorsAreClosed(t *testing.T) {
 		t.Fatalf("the control failed: %s", out)
 	}
 	for name, s := range map[string]sandbox.Spec{"default": spec(t, "fds"), "privileged": privileged(t, "fds")} {
-		s.Env = []string{"GODEBUG=containermaxprocs=0"} // else the runtime keeps files of cgroupfs open
+		s.Env = []string{"GODEBUG=containermaxprocs=0", quickRace} // else the runtime keeps files of cgroupfs open
 		out := output(t, s)
 		if strings.Contains(out, "secret") || strings.Contains(out, "cgroup") || strings.Count(out, "pipe:") > 2 {
 			t.Errorf("%s: open: %s", name, out)
