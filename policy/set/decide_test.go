@@ -323,24 +323,27 @@ spec: {cidrs: [192.0.2.0/24], names: ["*.example.net", api.example.com], groups:
 	named.Attrs = policy.Record{"name": "API.example.com."}
 	said := entity("Address", "192.0.2.9")
 	said.Attrs = policy.Record{"external": true}
+	owned := entity("Service", "stock")
+	owned.Attrs = policy.Record{"owner": "somebody else"}
 	attr := entity("Address", "somewhere")
 	attr.Attrs = policy.Record{"ip": netip.MustParseAddr("192.0.2.7")}
 	for what, c := range map[string]struct {
 		to   policy.Entity
 		want policy.Verdict
 	}{
-		"a group of services":        {entity("Service", "stock"), policy.Permit},
-		"an instance of one":         {workload("stock", nil), policy.Deny}, // the policy is about services
-		"another service":            {entity("Service", "mail"), policy.Deny},
-		"an address":                 {entity("Address", "192.0.2.200"), policy.Permit},
-		"the same within IPv6":       {entity("Address", "::ffff:192.0.2.200"), policy.Permit},
-		"by its attribute":           {attr, policy.Permit},
-		"outside of all":             {entity("Address", "203.0.113.1"), policy.Deny},
-		"a name below":               {entity("Address", "x.y.example.net"), policy.Permit},
-		"the name itself is not":     {entity("Address", "example.net"), policy.Deny},
-		"a name that ends so is not": {entity("Address", "badexample.net"), policy.Deny},
-		"an address by its name":     {named, policy.Permit},
-		"what the point said stays":  {said, policy.Deny},
+		"a group of services":          {entity("Service", "stock"), policy.Permit},
+		"an instance of one":           {workload("stock", nil), policy.Deny}, // the policy is about services
+		"one that the point describes": {owned, policy.Deny},
+		"another service":              {entity("Service", "mail"), policy.Deny},
+		"an address":                   {entity("Address", "192.0.2.200"), policy.Permit},
+		"the same within IPv6":         {entity("Address", "::ffff:192.0.2.200"), policy.Permit},
+		"by its attribute":             {attr, policy.Permit},
+		"outside of all":               {entity("Address", "203.0.113.1"), policy.Deny},
+		"a name below":                 {entity("Address", "x.y.example.net"), policy.Permit},
+		"the name itself is not":       {entity("Address", "example.net"), policy.Deny},
+		"a name that ends so is not":   {entity("Address", "badexample.net"), policy.Deny},
+		"an address by its name":       {named, policy.Permit},
+		"what the point said stays":    {said, policy.Deny},
 	} {
 		r := connect(from, c.to)
 		before := slices.Clone(r.Resource.Parents)
