@@ -20,7 +20,7 @@ const (
 	maxFiles      = 1_000
 	maxFileBytes  = 4 << 20
 	maxTotalBytes = 32 << 20
-	maxPolicies   = 50_000
+	maxPolicies   = 20_000
 	maxIDBytes    = 128
 	maxExprDepth  = 512 // of the tree of one condition: a chain of && or || counts one a link
 )
@@ -71,7 +71,7 @@ func fileName(file string, inFile, _ int) string { return file + "#" + strconv.I
 func compile(files []File, m *model, validate bool, name naming) (*Engine, error) {
 	var ps problems
 	e := &Engine{byID: map[cedar.PolicyID]int{}, named: map[types.EntityUID][]policy.Ref{}, mentions: newMentions(), model: m}
-	total, names := 0, map[string]bool{}
+	total, policies, names := 0, 0, map[string]bool{}
 	if len(files) > maxFiles {
 		ps.refuse(codeTooMany, "policies", fmt.Sprintf("there are more than %d files", maxFiles), "join some of them")
 		return nil, ps.err()
@@ -88,6 +88,11 @@ func compile(files []File, m *model, validate bool, name naming) (*Engine, error
 		case total > maxTotalBytes:
 			ps.refuse(codeTooLarge, what, fmt.Sprintf("the files are larger than %d bytes together", maxTotalBytes), "leave some out")
 		default:
+			split(f.Text, func(span) bool { policies++; return policies <= maxPolicies }) // before any is parsed
+			if policies > maxPolicies {
+				ps.refuse(codeTooMany, what, fmt.Sprintf("there are more than %d policies", maxPolicies), "leave some out")
+				return nil, ps.err()
+			}
 			e.addFile(f, validate, name, &ps)
 		}
 		names[f.Name] = true
@@ -102,10 +107,6 @@ func compile(files []File, m *model, validate bool, name naming) (*Engine, error
 func (e *Engine) addFile(f File, validate bool, name naming, ps *problems) {
 	n := 0
 	split(f.Text, func(s span) bool {
-		if len(e.policies) >= maxPolicies {
-			ps.refuse(codeTooMany, "policy file "+f.Name, fmt.Sprintf("there are more than %d policies", maxPolicies), "leave some out")
-			return false
-		}
 		inFile := n
 		n++
 		fallback := name(f.Name, inFile, len(e.policies))

@@ -84,6 +84,9 @@ func TestCedarCorpusAnswersAsPublished(t *testing.T) {
 		}
 	}
 	slices.Sort(names)
+	if racing { // a tenth will do to find races
+		names = names[:len(names)/10]
+	}
 	var requests atomic.Int64
 	work := make(chan string)
 	var wait sync.WaitGroup
@@ -100,7 +103,7 @@ func TestCedarCorpusAnswersAsPublished(t *testing.T) {
 	close(work)
 	wait.Wait()
 	t.Logf("%d requests of %d cases", requests.Load(), len(names))
-	if requests.Load() < 60_000 {
+	if requests.Load() < 60_000 && !racing {
 		t.Errorf("the corpus holds only %d requests; is it whole?", requests.Load())
 	}
 }

@@ -349,6 +349,9 @@ func TestAnEngineIsSafeForManyGoroutines(t *testing.T) {
 
 // The cost of a permit does not grow with the policies that cannot match, and does not creep up unseen.
 func TestAllocationsOfADecision(t *testing.T) {
+	if racing {
+		t.Skip("the race detector allocates on its own")
+	}
 	var last float64
 	for _, n := range []int{10, 1_000} {
 		e, err := eval.Compile([]eval.File{{Name: "fleet.cedar", Text: fleetPolicies(n)}})

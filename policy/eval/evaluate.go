@@ -41,7 +41,7 @@ const codeEvaluate = "malformed-evaluation"
 // they are answered, before the next one is waited for.
 //
 // Errors: [Problems] for policies, else a refusal with code malformed-evaluation that names the line.
-// Trust: all input is hostile.
+// Trust: entities and requests are hostile; schema and policies are of whoever runs it, and bounded all the same.
 func Evaluate(w io.Writer, schema []byte, policies []File, entities, requests io.Reader) error {
 	return evaluate(w, schema, policies, entities, requests, false)
 }
