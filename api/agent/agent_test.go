@@ -526,7 +526,15 @@ func TestAClockThatIsTwoHoursOffIsNamed(t *testing.T) {
 		eventually(t, "the session says so", func() bool { return strings.Contains(s.Status().Error, c.want) })
 		stop()
 	}
-	// A little off, so that certificates hold: it goes on, and says so.
+	// Less off, so that the server's certificate holds: a machine does not join with it,
+	token := w.token("m3")
+	off := func() time.Time { return time.Now().Add(20 * time.Minute) }
+	err := w.client(t.TempDir(), off).Join(t.Context(), agent.Joining{Token: token, Machine: "m3"})
+	want(t, err, agent.ErrClock)
+	if err := w.client(t.TempDir(), nil).Join(t.Context(), agent.Joining{Token: token, Machine: "m3"}); err != nil {
+		t.Errorf("the token was spent: %v", err)
+	}
+	// and one that has joined goes on, and says so.
 	now := func() time.Time { return time.Now().Add(10 * time.Minute) }
 	s, _ := w.session(w.client(dir, now), agent.SessionConfig{})
 	w.connected(s)
@@ -658,6 +666,25 @@ func TestALargeReportCrossesInParts(t *testing.T) {
 	if err != nil || len(assigned) != 2000 || assigned[1999].ID.IsZero() || assigned[1999].Instance != "w-1999" {
 		t.Fatalf("%d, %v", len(assigned), err)
 	}
+}
+
+func TestAReportTooLargeIsRefused(t *testing.T) {
+	w := newWorld(t, nil)
+	s, _ := w.session(w.joined("m1"), agent.SessionConfig{})
+	w.connected(s)
+	o := observed("w-1", "orders")
+	for i := range 15 {
+		var err error
+		if o.Facts, err = o.Facts.With(identity.Fact{Name: fmt.Sprintf("label.l%d", i), Value: strings.Repeat("x", 4000), Source: identity.FromOperator}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := fleet.Report{}
+	for range 600 {
+		r.Present = append(r.Present, o)
+	}
+	_, err := s.Report(t.Context(), r)
+	want(t, err, agent.ErrMessage)
 }
 
 func TestStatusRendersAsJSON(t *testing.T) {

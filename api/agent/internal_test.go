@@ -117,6 +117,33 @@ func TestAnonymousCallsAreBounded(t *testing.T) {
 	}
 }
 
+func TestReportsOfOneMachineAreReceivedInTurn(t *testing.T) {
+	s := &Server{turns: map[string]*turn{}}
+	first, err := s.takeTurn(t.Context(), "m1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := s.takeTurn(t.Context(), "m2")
+	if err != nil {
+		t.Fatal("another machine must not wait")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := s.takeTurn(ctx, "m1"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a second one: %v", err)
+	}
+	first()
+	second, err := s.takeTurn(t.Context(), "m1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	second()
+	other()
+	if len(s.turns) != 0 {
+		t.Errorf("left: %v", s.turns)
+	}
+}
+
 func TestAPanicIsContained(t *testing.T) {
 	s := &Server{cfg: ServerConfig{MaxAnonymous: 1, Now: time.Now}, meter: event.NoMeter, log: slog.New(slog.DiscardHandler), calls: map[string]int{}}
 	_, err := s.unary(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: agentpb.Agent_Time_FullMethodName}, func(context.Context, any) (any, error) { panic("boom") })

@@ -72,6 +72,13 @@ type Server struct {
 	anonymous int                    // calls in progress
 	calls     map[string]int         // machine → calls in progress
 	syncing   map[string]*supersedes // machine → its stream
+	turns     map[string]*turn       // machine → whose report is being received
+}
+
+// turn lets one report of a machine at a time into memory. waiting counts those that hold or wait for it, guarded by mu.
+type turn struct {
+	free    chan struct{} // of one: who puts into it has the turn
+	waiting int
 }
 
 // supersedes is closed when a later stream of the same machine takes the place of this one.
@@ -99,7 +106,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	return &Server{
 		cfg: cfg, meter: cfg.Meter, log: cfg.Logger, drain: make(chan struct{}),
-		calls: map[string]int{}, syncing: map[string]*supersedes{},
+		calls: map[string]int{}, syncing: map[string]*supersedes{}, turns: map[string]*turn{},
 	}, nil
 }
 
@@ -224,11 +231,47 @@ func (s *Server) SignJWT(ctx context.Context, r *agentpb.SignJWTRequest) (*agent
 	return &agentpb.SignJWTResponse{Id: svid.ID.String(), Token: svid.Token, Audience: svid.Audience, Expires: svid.Expires.UnixMilli()}, nil
 }
 
+// takeTurn waits until no other report of the machine is being received: what they may hold of memory is bounded together.
+func (s *Server) takeTurn(ctx context.Context, machine string) (done func(), err error) {
+	s.mu.Lock()
+	t := s.turns[machine]
+	if t == nil {
+		t = &turn{free: make(chan struct{}, 1)}
+		s.turns[machine] = t
+	}
+	t.waiting++
+	s.mu.Unlock()
+	leave := func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if t.waiting--; t.waiting == 0 {
+			delete(s.turns, machine)
+		}
+	}
+	wait := time.NewTimer(callWithin)
+	defer wait.Stop()
+	select {
+	case t.free <- struct{}{}:
+		return func() { <-t.free; leave() }, nil
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-wait.C:
+		err = refuse(ErrBusy, refusal.Exhausted, "report", "another one of this machine is being received", "try again in a while")
+	}
+	leave()
+	return nil, err
+}
+
 // Report implements redoubt.agent.v1.
 func (s *Server) Report(stream agentpb.Agent_ReportServer) error {
+	done, err := s.takeTurn(stream.Context(), callerOf(stream.Context()).machine)
+	if err != nil {
+		return err
+	}
+	defer done()
 	var report fleet.Report
 	size := 0
-	err := receiveAll(stream, func(part *agentpb.ReportRequest) error {
+	err = receiveAll(stream, func(part *agentpb.ReportRequest) error {
 		for _, o := range part.GetPresent() {
 			size += len(o.GetFacts()) + len(o.GetInstance())
 		}
@@ -236,7 +279,7 @@ func (s *Server) Report(stream agentpb.Agent_ReportServer) error {
 			size += len(g)
 		}
 		if size > maxReportBytes {
-			return refuse(ErrMessage, refusal.Exhausted, "report", "it is larger than 64 MiB", "report in parts")
+			return refuse(ErrMessage, refusal.Exhausted, "report", "it is larger than 32 MiB", "report in parts")
 		}
 		present, err := observedOf(part.GetPresent())
 		if err != nil {

@@ -21,7 +21,7 @@ const (
 	// partBytes is where reports, answers and changes are cut into messages; one that is larger goes alone.
 	partBytes = 512 << 10
 	// maxReportBytes bounds the JSON of facts in one report, over all of its parts.
-	maxReportBytes = 64 << 20
+	maxReportBytes = 32 << 20
 	// maxSnapshotBytes bounds what a client collects of a snapshot.
 	maxSnapshotBytes = 512 << 20
 	maxChain         = 8
