@@ -21,6 +21,14 @@ import (
 	"github.com/redoubtsec/redoubt/store/sqlite"
 )
 
+// TestMain lets this binary be the server that is killed.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("REDOUBT_TEST_AUDITED"); dir != "" {
+		audited(dir)
+	}
+	os.Exit(m.Run())
+}
+
 // audited commits records for ever, waits for their indexes, and says both on standard output.
 func audited(top string) {
 	must := func(err error) {

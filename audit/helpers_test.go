@@ -3,7 +3,6 @@ package audit_test
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -17,14 +16,6 @@ import (
 )
 
 const origin = "example.org/audit"
-
-// TestMain lets this binary be the server that is killed.
-func TestMain(m *testing.M) {
-	if dir := os.Getenv("REDOUBT_TEST_AUDITED"); dir != "" {
-		audited(dir)
-	}
-	os.Exit(m.Run())
-}
 
 // meter counts by name and labels.
 type meter struct {
