@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -399,8 +400,10 @@ func TestRunTriesAgainUntilTheStoreWorks(t *testing.T) {
 		r, meter := open(t, m)
 		apply(t, r, 1, 0, 0)
 		apply(t, r, 2, 1, time.Minute)
+		var locked atomic.Bool
+		locked.Store(true)
 		m.Fail = func(method string) error {
-			if method == "Activate" {
+			if method == "Activate" && locked.Load() {
 				return errors.New("locked")
 			}
 			return nil
@@ -412,7 +415,7 @@ func TestRunTriesAgainUntilTheStoreWorks(t *testing.T) {
 		if n := meter.of("policyset_settle_failed "); n < 3 || n > 20 {
 			t.Errorf("%d failures in a minute", n)
 		}
-		m.Fail = nil
+		locked.Store(false)
 		time.Sleep(31 * time.Second)
 		synctest.Wait()
 		wantInForce(t, r, 3, "p1")

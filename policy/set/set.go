@@ -32,7 +32,7 @@ const (
 	MaxFileBytes = 1 << 20
 	MaxBytes     = 8 << 20 // of all files together
 	MaxDocuments = 5000    // YAML documents
-	MaxPolicies  = 20_000
+	MaxPolicies  = 10_000  // with the built-in ones
 	maxFileName  = 255
 )
 

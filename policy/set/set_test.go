@@ -287,7 +287,7 @@ func TestRefusesFiles(t *testing.T) {
 			files = append(files, set.File{Name: fmt.Sprintf("%d.cedar", i), Content: strings.Repeat("permit(principal, action, resource);\n", set.MaxPolicies/2)})
 		}
 		_, err := set.Parse(files)
-		wantProblem(t, err, set.CodeBounds, "more than 20000 policies")
+		wantProblem(t, err, set.CodeBounds, "more than 10000 policies")
 	})
 }
 
