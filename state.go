@@ -53,7 +53,7 @@ func Restore(ctx context.Context, r io.Reader, dir, passphrase string) (backup.M
 		if !report.OK() {
 			return fmt.Errorf("the audit log and the database do not belong together: %s", report.Findings[0].Detail)
 		}
-		return nil
+		return db.NewHistory(ctx)
 	})
 }
 

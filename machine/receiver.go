@@ -51,6 +51,7 @@ func (m *Machine) Apply(ctx context.Context, changes []fleet.Change, snapshot bo
 	if snapshot {
 		next.identities, next.endpoints = map[string]fleet.Identity{}, map[string]fleet.Endpoint{}
 		next.revocations = map[string]fleet.Revocation{}
+		next.revision = 0 // the server may have been restored, and count from lower down
 	} else {
 		next.identities, next.endpoints = maps.Clone(old.identities), maps.Clone(old.endpoints)
 		next.revocations = maps.Clone(old.revocations)

@@ -7,7 +7,7 @@ for file in $(git ls-files '*_test.go' | xargs grep -lE '^func Fuzz'); do
   package=./$(dirname "$file")
   for target in $(grep -oE '^func Fuzz[A-Za-z0-9_]+' "$file" | sed 's/^func //'); do
     echo "fuzz $package $target"
-    if ! out=$(go test -run '^$' -fuzz "^${target}\$" -fuzztime "$time" "$package" 2>&1); then
+    if ! out=$(go test -run '^$' -fuzz "^${target}\$" -fuzztime "$time" -fuzzminimizetime 10x "$package" 2>&1); then
       echo "$out" >&2
       exit 1
     fi

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -55,10 +56,13 @@ func (c *cli) root() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
+	root.PersistentPreRun = func(*cobra.Command, []string) {
+		c.data, c.server = cmp.Or(c.data, os.Getenv("REDOUBT_DATA")), cmp.Or(c.server, os.Getenv("REDOUBT_SERVER"))
+	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f := root.PersistentFlags()
-	f.StringVar(&c.data, "data", os.Getenv("REDOUBT_DATA"), "data directory (default "+defaultData()+"; REDOUBT_DATA)")
-	f.StringVar(&c.server, "server", os.Getenv("REDOUBT_SERVER"), "URL of the management API (default: that of the operator credential; REDOUBT_SERVER)")
+	f.StringVar(&c.data, "data", "", "data directory (default /var/lib/redoubt, or below the home directory if not root; REDOUBT_DATA)")
+	f.StringVar(&c.server, "server", "", "URL of the management API (default: that of the operator credential; REDOUBT_SERVER)")
 	f.BoolVar(&c.json, "json", false, "print JSON")
 	root.AddGroup(
 		&cobra.Group{ID: "roles", Title: "Roles:"},

@@ -66,7 +66,7 @@ func (c *cli) runVerb() *cobra.Command {
 		Use:   "run --service NAME [flags] -- PROGRAM [ARG…]",
 		Short: "Start a program as a workload with an identity, in a cgroup of its own, without privileges",
 		Long: "Starts a program in a cgroup of its own, as an unprivileged user that nothing else runs as, with no capabilities,\n" +
-			"no way to gain any, cgroupfs hidden, and io_uring, packet and vsock sockets refused. The program finds its\n" +
+			"no way to gain any, cgroupfs read-only, and io_uring, packet and vsock sockets refused. The program finds its\n" +
 			"identity at SPIFFE_ENDPOINT_SOCKET. Standard streams and signals pass through; the exit status is the program's.",
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
