@@ -40,7 +40,7 @@ type Config struct {
 	Enforced    []string    // namespaces of actions that points of this build act on (set.Unenforced)
 
 	BodyTime  time.Duration // for a whole body to arrive; default 10 s
-	Heartbeat time.Duration // between comments on a stream that is quiet; default 15 s
+	Heartbeat time.Duration // between comments on a quiet stream; default 15 s, and clients expect one in 45 s
 
 	Sink   event.Sink       // of the decisions taken here; nil: event.NoSink
 	Meter  event.Meter      // nil: event.NoMeter
@@ -48,8 +48,12 @@ type Config struct {
 	Now    func() time.Time // nil: time.Now
 }
 
-// maxInFlight bounds the requests that are worked on at once; streams are counted apart ([maxFollowers]).
+// maxInFlight bounds the requests that are worked on at once, at most [maxFollowers] of them streams.
 const maxInFlight = 256
+
+// wholeTime bounds what no shorter limit does; it is longer than any operation and its answer may take. A connection
+// that is kept alive would otherwise carry the deadline of its last answer into the next.
+const wholeTime = 3 * time.Minute
 
 // The defaults of [Config].
 const (
@@ -169,6 +173,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Cache-Control", "no-store")
 	header.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(wholeTime)) // not all writers have deadlines
 	defer func() {
 		if failure := recover(); failure != nil {
 			if err, ok := failure.(error); ok && errors.Is(err, http.ErrAbortHandler) {

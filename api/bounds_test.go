@@ -96,6 +96,9 @@ func TestBodiesAreBounded(t *testing.T) {
 	if r := s.call("POST", "/v1/join-tokens", `{"machine":"m1"}`, "Content-Type", "application/x-www-form-urlencoded"); r.status != 415 {
 		t.Errorf("a form: %d", r.status)
 	}
+	if r := s.call("POST", "/v1/join-tokens", `{"machine":"m1"}`, "Content-Type", "text/plain+json"); r.status != 415 {
+		t.Errorf("what a browser sends without asking first: %d", r.status)
+	}
 	if r := s.call("POST", "/v1/join-tokens", `{"machine":"m1"}`, "Content-Type", ""); r.status != 415 {
 		t.Errorf("no Content-Type: %d", r.status)
 	}

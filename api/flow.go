@@ -120,6 +120,15 @@ func (s *server) ask(c *call, r *http.Request) *policy.Request {
 // decide answers the question and records the decision. This point always enforces: whatever mode the decision came
 // with, only a permit lets the request pass.
 func (s *server) decide(ctx context.Context, question *policy.Request) (*policy.Decision, error) {
+	d, err := s.judge(ctx, question)
+	if d != nil {
+		s.sink.Emit(event.OfDecision(d))
+	}
+	return d, err
+}
+
+// judge is decide without the record.
+func (s *server) judge(ctx context.Context, question *policy.Request) (*policy.Decision, error) {
 	answered := s.engine.Decide(ctx, question)
 	if answered == nil {
 		return nil, &refusal.Error{
@@ -129,12 +138,11 @@ func (s *server) decide(ctx context.Context, question *policy.Request) (*policy.
 	}
 	d := *answered
 	d.Mode = policy.Enforce
-	s.sink.Emit(event.OfDecision(&d))
 	if d.Verdict == policy.Permit {
 		return &d, nil
 	}
 	s.meter.Count("api_denied", 1, "operation", question.Resource.UID.ID)
-	return nil, &explained{explanation: d.Explanation, refused: &refusal.Error{
+	return &d, &explained{explanation: d.Explanation, refused: &refusal.Error{
 		Kind: refusal.Denied, Code: codeDenied, What: "operation " + question.Resource.UID.ID,
 		Why: d.Explanation.Summary, Do: "ask for a policy that permits it, or look at the decision with redoubt why " + string(d.ID),
 		Decision: string(d.ID),

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/redoubtsec/redoubt/event"
 	"github.com/redoubtsec/redoubt/fleet"
 )
 
@@ -89,15 +90,18 @@ func (s *server) follow(w http.ResponseWriter, r *http.Request, c *call, q fleet
 }
 
 // still reports whether the follower is who it was and may follow yet: a revoked machine, a changed credential or a new
-// policy ends a stream that began before.
+// policy ends a stream that began before. Only a refusal is recorded: a permit is the one already recorded.
 func (s *server) still(c *call, r *http.Request) bool {
 	who, err := s.identify(r)
 	if err == nil && who.entity.UID == c.who.entity.UID {
 		again := *c
 		again.who = who
-		_, err = s.decide(r.Context(), s.ask(&again, r))
+		d, err := s.judge(r.Context(), s.ask(&again, r))
 		if err == nil {
 			return true
+		}
+		if d != nil {
+			s.sink.Emit(event.OfDecision(d))
 		}
 	}
 	s.meter.Count("api_follow_ended", 1)

@@ -240,6 +240,71 @@ func TestExpiredSVIDIsRefused(t *testing.T) {
 	}
 }
 
+// anyone is an authority that issued whatever the test says, and machines that are all registered.
+type anyone struct {
+	machines
+	root *x509.Certificate
+}
+
+func (a anyone) Bundle() *identity.Bundle {
+	return &identity.Bundle{TrustDomain: apitest.TrustDomain, X509Authorities: []*x509.Certificate{a.root}}
+}
+func (anyone) Authenticate(context.Context, string, string) error { return nil }
+func (anyone) Machine(_ context.Context, id string) (fleet.Machine, error) {
+	return fleet.Machine{ID: id, State: fleet.MachineJoined}, nil
+}
+
+// The authority would issue none of these; what it is that refuses them here is the API alone.
+func TestOnlyMachinesOfThisTrustDomain(t *testing.T) {
+	rootKey, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	issue := func(template *x509.Certificate, parent *x509.Certificate, pub *ecdsa.PublicKey) *x509.Certificate {
+		t.Helper()
+		template.SerialNumber, template.NotBefore, template.NotAfter = big.NewInt(7), time.Now().Add(-time.Minute), time.Now().Add(time.Hour)
+		template.BasicConstraintsValid = true
+		if parent == nil {
+			parent = template
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, parent, pub, rootKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert
+	}
+	root := issue(&x509.Certificate{IsCA: true, KeyUsage: x509.KeyUsageCertSign, Subject: pkix.Name{CommonName: "root"}}, nil, &rootKey.PublicKey)
+	s := serveTLS(t, func(c *api.Config) { a := anyone{c.Machines, root}; c.Authority, c.Machines = a, a })
+	s.Engine.Answer(policy.Permit, policy.Enforce)
+	for _, x := range []struct {
+		name string
+		uris []string
+		use  x509.ExtKeyUsage
+		ok   bool
+	}{
+		{"a machine of ours", []string{"spiffe://test.redoubt/machine/m1"}, x509.ExtKeyUsageClientAuth, true},
+		{"a machine of another trust domain", []string{"spiffe://other.example/machine/m1"}, x509.ExtKeyUsageClientAuth, false},
+		{"a workload", []string{"spiffe://test.redoubt/service/m1"}, x509.ExtKeyUsageClientAuth, false},
+		{"something below a machine", []string{"spiffe://test.redoubt/machine/m1/x"}, x509.ExtKeyUsageClientAuth, false},
+		{"two names", []string{"spiffe://test.redoubt/machine/m1", "spiffe://test.redoubt/machine/m2"}, x509.ExtKeyUsageClientAuth, false},
+		{"no name", nil, x509.ExtKeyUsageClientAuth, false},
+		{"a certificate for servers only", []string{"spiffe://test.redoubt/machine/m1"}, x509.ExtKeyUsageServerAuth, false},
+	} {
+		template := &x509.Certificate{KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x.use}}
+		for _, text := range x.uris {
+			u, _ := url.Parse(text)
+			template.URIs = append(template.URIs, u)
+		}
+		leaf := issue(template, root, &key.PublicKey)
+		_, err := s.client(t, func(c *client.Config) { c.Credential, c.Certificate = "", certificate(key, leaf) }).Status(t.Context())
+		if r := refusal.As(err); x.ok != (err == nil) || err != nil && (r == nil || r.Code != "wrong-svid") {
+			t.Errorf("%s: %v", x.name, err)
+		}
+	}
+}
+
 // A wrong credential is not healed by a right certificate.
 func TestWrongCredentialWithRightCertificate(t *testing.T) {
 	s := serveTLS(t)

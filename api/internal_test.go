@@ -224,6 +224,21 @@ func TestAskedValues(t *testing.T) {
 	}
 }
 
+// huma ends the messages of some formats with the parser's own words, which repeat the value.
+func TestMessagesArePlain(t *testing.T) {
+	for message, want := range map[string]string{
+		`expected string to be RFC 3986 uri: parse "se:cret": bad`: "expected string to be RFC 3986 uri",
+		`expected duration: time: invalid duration "secret"`:       "expected duration",
+		"invalid value: secret":                                    "invalid value",
+		"expected string to be regex: secret":                      "expected string to be regex",
+		"expected string to match pattern ^a:b$":                   "expected string to match pattern ^a:b$",
+	} {
+		if got := plain(message); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
 func TestRecordablePaths(t *testing.T) {
 	for path, want := range map[string]string{
 		"/v1/machines/m1": "/v1/machines/m1", "/v1/machines/rj1.t-x.SECRET": "/v1/machines/*", "/v1/machines/a/b": "/v1/machines/{id}",

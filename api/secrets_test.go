@@ -104,6 +104,15 @@ func TestNoAnswerRepeatsWhatWasSubmitted(t *testing.T) {
 	if refused < 280 {
 		t.Errorf("only %d of the bad bodies were refused: they are not bad enough", refused)
 	}
+	const number = "123456789012345678901234567890" // a card number, say: it is whole, but fits nothing
+	for _, path := range []string{"/v1/policy-set/confirm", "/v1/policy-set/rollback"} {
+		if r := s.call("POST", path, `{"version":`+number+`,"to":`+number+`}`); r.status < 400 || strings.Contains(r.body, number[:12]) {
+			t.Errorf("%s: %d %s", path, r.status, r.body)
+		}
+		if r := s.call("POST", path, `{"`+map[bool]string{true: "version", false: "to"}[strings.HasSuffix(path, "confirm")]+`":`+number+`}`); r.status < 400 || strings.Contains(r.body, number[:12]) {
+			t.Errorf("%s: %d %s", path, r.status, r.body)
+		}
+	}
 	check("path", s.call("GET", "/v1/"+secret, ""))
 	check("method", s.call("BREW", "/v1/status", ""))
 	check("credential", s.call("GET", "/v1/status", "", "Authorization", "Bearer "+secret))
