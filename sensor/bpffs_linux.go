@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -182,12 +183,14 @@ func linkType(t link.Type) string {
 	}
 }
 
-// Unpin removes everything that is pinned below dir, and the directories below it; dir itself stays. A link that was held
-// by its pin alone is detached by this, and with it whatever it enforced.
+// Unpin lifts and removes everything that is pinned below dir, and the directories below it; dir itself stays. A link is
+// detached first, so that it enforces no more even if a process still holds it; where a kind of link cannot be detached
+// (tracing and LSM ones), Unpin waits until its last holder has let go.
 //
-// It goes on after a failure, so that a break-glass removes as much as can be removed; removed has the paths of the
-// objects (not directories) that are gone, in order, and err joins what failed. Errors: matches [ErrNotBPFFS] or
-// [ErrTooManyPins], and then nothing was removed. Durability: the kernel has let go when it returns.
+// It goes on after a failure, so that a break-glass lifts as much as can be lifted; removed has the paths of the objects
+// (not directories) that are gone, in order, and err joins what failed. A link that a process keeps alive is such a
+// failure: end that process. Errors: matches [ErrNotBPFFS] or [ErrTooManyPins], and then nothing was removed; or
+// [ErrHeld]. Durability: what was lifted has no effect any more when it returns.
 func Unpin(dir string) (removed []string, err error) {
 	type entry struct {
 		path string
@@ -200,10 +203,14 @@ func Unpin(dir string) (removed []string, err error) {
 		return nil, err
 	}
 	var failed []error
+	waiting := map[link.ID]string{}
 	for _, e := range slices.Backward(found) { // children before their directories
-		remove := unix.Unlink
-		if e.dir {
-			remove = unix.Rmdir
+		remove := unix.Rmdir
+		if !e.dir {
+			remove = unix.Unlink
+			if id := detach(e.path); id != 0 {
+				waiting[id] = e.path
+			}
 		}
 		switch err := remove(e.path); {
 		case err != nil && !errors.Is(err, unix.ENOENT):
@@ -213,5 +220,54 @@ func Unpin(dir string) (removed []string, err error) {
 		}
 	}
 	slices.Sort(removed)
-	return removed, errors.Join(failed...)
+	return removed, errors.Join(append(failed, awaitGone(waiting)...)...)
+}
+
+// detach ends what a pinned link does. If this kind of link cannot be detached, it returns the link's id, else 0.
+func detach(path string) link.ID {
+	object, err := pin.Load(path, nil)
+	if err != nil {
+		return 0 // what cannot be opened cannot be detached; removing its pin is what is left
+	}
+	defer object.Close()
+	l, ok := object.(link.Link)
+	if !ok || l.Detach() == nil {
+		return 0
+	}
+	info, err := l.Info()
+	if err != nil {
+		return 0
+	}
+	return info.ID
+}
+
+// heldPatience is how long the kernel may take to let go of a link whose last holder is gone: it does so after a grace
+// period.
+const heldPatience = time.Second
+
+// ErrHeld is the code of the failure to lift a link that a process holds.
+var ErrHeld = &refusal.Error{Code: "link-held"}
+
+// awaitGone waits until these links are gone, and returns a failure for each that is not.
+func awaitGone(links map[link.ID]string) (failed []error) {
+	for end := time.Now().Add(heldPatience); ; time.Sleep(time.Millisecond) {
+		for id := range links {
+			l, err := link.NewFromID(id)
+			if err != nil {
+				delete(links, id)
+				continue
+			}
+			_ = l.Close() // nothing was changed through it
+		}
+		if len(links) == 0 || time.Now().After(end) {
+			break
+		}
+	}
+	for _, path := range links {
+		failed = append(failed, &refusal.Error{
+			Kind: refusal.Conflict, Code: ErrHeld.Code, What: "lift " + path,
+			Why: "its pin is removed, but a process still holds the link, and this kind cannot be detached", Do: "end the agent, or whatever process loaded it",
+		})
+	}
+	return failed
 }

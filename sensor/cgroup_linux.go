@@ -46,11 +46,19 @@ func makeCgroup(root string) (string, error) {
 	return dir, nil
 }
 
+// staleAfter is how old a cgroup must be to be swept up: process ids mean nothing across namespaces, and no probe takes
+// that long.
+const staleAfter = time.Minute
+
 // sweepCgroups removes what killed probes have left. A directory that is not empty stays: rmdir refuses it.
 func sweepCgroups(root string) {
 	left, _ := filepath.Glob(filepath.Join(root, cgroupPrefix+"*")) // the pattern is well-formed
 	for _, dir := range left {
 		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(dir), cgroupPrefix), "-")
+		st, err := os.Stat(dir)
+		if err != nil || time.Since(st.ModTime()) < staleAfter {
+			continue
+		}
 		if n, err := strconv.Atoi(pid); err == nil && n > 0 && errors.Is(unix.Kill(n, 0), unix.ESRCH) {
 			_ = unix.Rmdir(dir) // another may have been quicker
 		}

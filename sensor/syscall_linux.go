@@ -273,9 +273,12 @@ func fanotify(path string, flags uint, mask uint64, then func(group int) error) 
 	return then(group)
 }
 
+// scratchPattern names temporary files after the process, so that what a killed one leaves can be told from a living one's.
+func scratchPattern() string { return fmt.Sprintf("redoubt-probe-%d-*", os.Getpid()) }
+
 // fanotifyDenies has a file of its own opened, and refuses that.
 func fanotifyDenies() error {
-	f, err := os.CreateTemp("", "redoubt-probe")
+	f, err := os.CreateTemp("", scratchPattern())
 	if err != nil {
 		return err
 	}
@@ -330,7 +333,7 @@ func ownMounts() error {
 // onOwnFilesystem calls f with an empty directory on a thread with a mount namespace of its own, so that nothing that is
 // mounted there is seen outside, or outlives it. If fstype is not empty, a file system of that type is mounted first.
 func onOwnFilesystem(fstype string, f func(dir string) error) error {
-	dir, err := os.MkdirTemp("", "redoubt-probe")
+	dir, err := os.MkdirTemp("", scratchPattern())
 	if err != nil {
 		return err
 	}
