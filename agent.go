@@ -165,7 +165,7 @@ func (a *Agent) socket() string {
 }
 
 func (a *Agent) listen(ctx context.Context) (err error) {
-	if a.localListener, err = local.Listen(filepath.Join(a.cfg.Data, AgentSocket)); err != nil {
+	if a.localListener, err = local.Listen(ctx, filepath.Join(a.cfg.Data, AgentSocket)); err != nil {
 		return err
 	}
 	path := a.socket()

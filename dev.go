@@ -57,7 +57,7 @@ func NewDev(ctx context.Context, cfg Config, logs io.Writer) (_ *Dev, err error)
 	defer func() {
 		if err != nil {
 			stop()
-			<-d.served
+			err = errors.Join(err, <-d.served)
 		}
 	}()
 	agentConfig := cfg

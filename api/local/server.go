@@ -86,8 +86,8 @@ func New(cfg Config) *Server {
 type callerKey struct{}
 
 // Listen makes the socket, 0600, in place of one that an earlier agent left.
-func Listen(path string) (net.Listener, error) {
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+func Listen(ctx context.Context, path string) (net.Listener, error) {
+	if c, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", path); err == nil {
 		_ = c.Close()
 		return nil, &refusal.Error{
 			Kind: refusal.Conflict, Code: "agent-running", What: "listen on " + path, Why: "another agent answers there",
@@ -97,7 +97,7 @@ func Listen(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove the old socket: %w", err)
 	}
-	l, err := net.Listen("unix", path) //nolint:noctx // making a unix socket does not wait
+	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
