@@ -39,6 +39,9 @@ type Config struct {
 	Protections Protections // nil: none are known
 	Enforced    []string    // namespaces of actions that points of this build act on (set.Unenforced)
 
+	// Drain, once closed, ends every stream, so that a server which shuts down need not wait for its followers; they
+	// resume elsewhere, or here later. nil: never.
+	Drain     <-chan struct{}
 	BodyTime  time.Duration // for a whole body to arrive; default 10 s
 	Heartbeat time.Duration // between comments on a quiet stream; default 15 s, and clients expect one in 45 s
 
@@ -85,6 +88,7 @@ type server struct {
 	enforced    []string
 	bodyTime    time.Duration
 	heartbeat   time.Duration
+	drain       <-chan struct{}
 
 	sink  event.Sink
 	meter event.Meter
@@ -118,7 +122,8 @@ func New(cfg Config) (http.Handler, error) {
 		workloads: cfg.Workloads, withdrawals: cfg.Withdrawals, quarantines: cfg.Quarantines, events: cfg.Events,
 		policies: cfg.PolicySet, editions: cfg.Editions, overrides: cfg.Overrides, audit: cfg.Audit,
 		protections: cfg.Protections, enforced: cfg.Enforced,
-		bodyTime: cmp.Or(cfg.BodyTime, defaultBodyTime), heartbeat: cmp.Or(cfg.Heartbeat, defaultHeartbeat), sink: cfg.Sink, meter: cfg.Meter, log: cfg.Logger, now: cfg.Now,
+		bodyTime: cmp.Or(cfg.BodyTime, defaultBodyTime), heartbeat: cmp.Or(cfg.Heartbeat, defaultHeartbeat),
+		drain: cfg.Drain, sink: cfg.Sink, meter: cfg.Meter, log: cfg.Logger, now: cfg.Now,
 		mux: http.NewServeMux(), inFlight: make(chan struct{}, maxInFlight), followers: make(chan struct{}, maxFollowers),
 	}
 	switch {

@@ -78,6 +78,8 @@ func (s *server) follow(w http.ResponseWriter, r *http.Request, c *call, q fleet
 		select {
 		case <-ctx.Done():
 			return
+		case <-s.drain:
+			return
 		case <-stored:
 		case <-beat.C:
 			if !s.still(c, r) {

@@ -154,6 +154,19 @@ func TestStreamEndsWithTheRightToIt(t *testing.T) {
 	}
 }
 
+func TestStreamsEndWhenTheServerDrains(t *testing.T) {
+	drain := make(chan struct{})
+	s := serve(t, func(c *api.Config) { c.Drain, c.Sink = drain, nil })
+	x := s.follow(t, "follow", "")
+	x.until(t, "id:")
+	close(drain)
+	for x.lines.Scan() {
+	}
+	if err := x.lines.Err(); err != nil {
+		t.Errorf("it broke off: %v", err)
+	}
+}
+
 func TestClientFollowsThroughBreaks(t *testing.T) {
 	s := serveTLS(t, func(c *api.Config) { c.Sink, c.Heartbeat = nil, 20*time.Millisecond })
 	c := s.client(t, nil)

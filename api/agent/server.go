@@ -117,7 +117,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.Creds(credentials.NewTLS(serverTLS(s.cfg.GetCertificate, s.cfg.Bundle))),
 		grpc.UnaryInterceptor(s.unary), grpc.StreamInterceptor(s.stream),
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxSendMsgSize(maxResponseBytes), grpc.MaxHeaderListSize(maxHeaderBytes),
-		grpc.MaxConcurrentStreams(uint32(min(s.cfg.MaxCalls, 1<<16))), grpc.ConnectionTimeout(handshakeWithin), //nolint:gosec // bounded
+		grpc.MaxConcurrentStreams(uint32(min(s.cfg.MaxCalls, 1<<16))), grpc.ConnectionTimeout(handshakeWithin),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)

@@ -43,7 +43,7 @@ func observedOf(list []*agentpb.Observed) ([]fleet.Observed, error) {
 			if l.GetPort() > 65535 {
 				return nil, malformed("report", "a declared port is above 65535")
 			}
-			x.Listen = append(x.Listen, fleet.Listen{Port: uint16(l.GetPort()), Protocol: l.GetProtocol(), Address: l.GetAddress(), Netns: l.GetNetns()}) //nolint:gosec // checked
+			x.Listen = append(x.Listen, fleet.Listen{Port: uint16(l.GetPort()), Protocol: l.GetProtocol(), Address: l.GetAddress(), Netns: l.GetNetns()})
 		}
 		out = append(out, x)
 	}
