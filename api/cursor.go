@@ -46,7 +46,8 @@ func decodeCursor(list, cursor string) (position string, err error) {
 		return "", badCursor("it is longer than 1024 bytes")
 	}
 	raw, err := base64.RawURLEncoding.Strict().DecodeString(cursor)
-	if err != nil || len(raw) <= 1+fingerprintBytes || raw[0] != cursorVersion {
+	// encoding/base64 skips line breaks, also when it is strict.
+	if err != nil || strings.ContainsAny(cursor, "\r\n") || len(raw) <= 1+fingerprintBytes || raw[0] != cursorVersion {
 		return "", badCursor("it is not one that this server made")
 	}
 	sum := sha256.Sum256([]byte(list))
