@@ -110,27 +110,32 @@ var cgroupProbes = []probe{
 		if s.cgroupErr != nil {
 			return s.cgroupErr
 		}
-		free, err := runChild(s.cgroup)
-		if err != nil {
-			return err
-		}
-		if free == unix.EPERM {
-			return errors.New("connecting is refused here without a hook, so that nothing can be proved")
-		}
-		l, err := attachHook(s.cgroup, ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect, 0)
-		if err != nil {
-			return err
-		}
-		defer l.Close()
-		got, err := runChild(s.cgroup)
-		if err != nil {
-			return err
-		}
-		if got != unix.EPERM {
-			return fmt.Errorf("a hook that refuses was attached, and a process in the cgroup got %d (%w) all the same", int(got), got)
-		}
-		return nil
+		return provesDenial(s.cgroup, 0)
 	}},
+}
+
+// provesDenial attaches a program with this verdict, which is to refuse, and has a process in the cgroup connect.
+func provesDenial(cgroup string, verdict int32) error {
+	free, err := runChild(cgroup)
+	if err != nil {
+		return err
+	}
+	if free == unix.EPERM {
+		return errors.New("connecting is refused here without a hook, so that nothing can be proved")
+	}
+	l, err := attachHook(cgroup, ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect, verdict)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	got, err := runChild(cgroup)
+	if err != nil {
+		return err
+	}
+	if got != unix.EPERM {
+		return fmt.Errorf("%w: a process in the cgroup got error number %d", errAllowed, int(got))
+	}
+	return nil
 }
 
 // control writes each value to a control file of a cgroup.

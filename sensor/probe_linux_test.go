@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -37,7 +38,29 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	usedFirstThread = usesFirstThread()
 	os.Exit(m.Run())
+}
+
+var usedFirstThread bool // set before the tests run, read by one of them
+
+// usesFirstThread reports whether restrictions would ever be put on the thread that cannot end. It must be called on
+// that thread: with one processor, a goroutine that is started there runs there.
+func usesFirstThread() (used bool) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	for range 100 {
+		_ = sensor.OnThread(func() error {
+			used = used || unix.Gettid() == unix.Getpid()
+			return nil
+		})
+	}
+	return used
+}
+
+func TestTheFirstThreadIsNeverRestricted(t *testing.T) {
+	if usedFirstThread {
+		t.Error("a probe ran on the first thread, which keeps what is done to it")
+	}
 }
 
 // needRoot returns the cgroup2 mount of this machine.
