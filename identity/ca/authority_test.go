@@ -271,7 +271,7 @@ func TestNoSecretLeaves(t *testing.T) {
 			t.Error("a sealed key is shown")
 		}
 	}
-	for _, form := range []string{hex.EncodeToString(kek), base64.StdEncoding.EncodeToString(kek), fmt.Sprint(kek), string(kek)} {
+	for _, form := range []string{hex.EncodeToString(kek), base64.StdEncoding.EncodeToString(kek), fmt.Sprint(string(kek)), string(kek)} {
 		if strings.Contains(shown, form) || strings.Contains(fmt.Sprintf("%+v %#v", w.Authority, w.Authority), form) {
 			t.Error("the KEK is shown")
 		}

@@ -35,13 +35,13 @@ type world struct {
 	store *catest.Store
 	clock *clock
 	meter *meter
-	log   *bytes.Buffer
+	log   *logBuffer
 	cfg   ca.Config
 }
 
 func open(t testing.TB, edit ...func(*ca.Config)) *world {
 	t.Helper()
-	w := &world{store: &catest.Store{}, clock: &clock{at: start}, meter: &meter{}, log: &bytes.Buffer{}}
+	w := &world{store: &catest.Store{}, clock: &clock{at: start}, meter: &meter{}, log: &logBuffer{}}
 	w.cfg = ca.Config{
 		TrustDomain: domain, Store: w.store, KEK: bytes.Clone(kek), Meter: w.meter,
 		Logger: slog.New(slog.NewJSONHandler(w.log, nil)), Now: w.clock.now,
@@ -60,6 +60,24 @@ func (w *world) reopen(t testing.TB) {
 		t.Fatalf("Open: %v", err)
 	}
 	w.Authority = a
+}
+
+// logBuffer keeps what is logged, for several goroutines.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }
 
 type clock struct {

@@ -186,6 +186,10 @@ func TestSigningRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p521, err := ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
@@ -213,8 +217,9 @@ func TestSigningRefuses(t *testing.T) {
 		"nil key":              {mine, (*ecdsa.PublicKey)(nil), 0, ca.SignOptions{}, ca.ErrWeakKey},
 		"P-224":                {mine, p224.Public(), 0, ca.SignOptions{}, ca.ErrWeakKey},
 		"RSA":                  {mine, rsaKey.Public(), 0, ca.SignOptions{}, ca.ErrWeakKey},
+		"P-521":                {mine, p521.Public(), 0, ca.SignOptions{}, ca.ErrWeakKey},
 		"Ed25519":              {mine, edKey, 0, ca.SignOptions{}, ca.ErrWeakKey},
-		"off the curve":        {mine, &ecdsa.PublicKey{Curve: elliptic.P256(), X: big.NewInt(1), Y: big.NewInt(1)}, 0, ca.SignOptions{}, ca.ErrWeakKey},
+		"off the curve":        {mine, &ecdsa.PublicKey{Curve: elliptic.P256(), X: big.NewInt(1), Y: big.NewInt(1)}, 0, ca.SignOptions{}, ca.ErrWeakKey}, //nolint:staticcheck // a key that is none can be made in no other way
 		"too long":             {mine, good, 24*time.Hour + time.Second, ca.SignOptions{}, ca.ErrTTL},
 		"too short":            {mine, good, time.Second, ca.SignOptions{}, ca.ErrTTL},
 		"negative":             {mine, good, -time.Hour, ca.SignOptions{}, ca.ErrTTL},
