@@ -64,8 +64,8 @@ func TestEveryKeyIsInTheDocumentation(t *testing.T) {
 	var keys []string
 	var walk func(prefix string, v reflect.Type)
 	walk = func(prefix string, v reflect.Type) {
-		for i := range v.NumField() {
-			f := v.Field(i)
+		for f := range v.Fields() {
+			f := f
 			key := prefix + f.Tag.Get("yaml")
 			if f.Type.Kind() == reflect.Struct {
 				walk(key+".", f.Type)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"strconv"
@@ -197,9 +198,7 @@ func (h *host) Doctor(ctx context.Context) (json.RawMessage, error) {
 		"machine": h.id, "ledger": ledger, "summary": ledger.Summary(), "protections": h.Protections(), "status": h.machine.Status(),
 		"when_unsure": whenUnsure,
 	}
-	for k, v := range h.extra() {
-		doc[k] = v
-	}
+	maps.Copy(doc, h.extra())
 	return json.Marshal(doc)
 }
 

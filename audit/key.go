@@ -47,7 +47,7 @@ func loadKey(dir, origin, given string) (keyPair, error) {
 			return keyPair{}, fmt.Errorf("audit signing key: %w", err)
 		case !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0:
 			// Who reads this key can write another history under our name.
-			return keyPair{}, keyRefusal("signer.key is no regular file, or others may read it", "chmod 600 it, and find out who could read it", nil)
+			return keyPair{}, keyRefusal("signer.key is no regular file, or others may read it", "chmod 600 it, and find out who could read it")
 		default:
 			raw, err := os.ReadFile(path)
 			if err != nil {
@@ -63,15 +63,15 @@ func parseKey(dir, origin, text string) (keyPair, error) {
 	signer, err := note.NewSigner(text)
 	if err != nil {
 		// The cause is left out: it may quote the key.
-		return keyPair{}, keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up", nil)
+		return keyPair{}, keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up")
 	}
 	if signer.Name() != origin {
 		return keyPair{}, keyRefusal(fmt.Sprintf("the signing key is for the origin %q, not %q", signer.Name(), origin),
-			"give the origin of this log; a log cannot be renamed", nil)
+			"give the origin of this log; a log cannot be renamed")
 	}
 	verifier, err := torchwood.NewVerifierFromSigner(text)
 	if err != nil {
-		return keyPair{}, keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up", nil)
+		return keyPair{}, keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up")
 	}
 	vkey, err := verifierText(text)
 	if err != nil {
@@ -150,8 +150,8 @@ func fullOr(what string, err error) error {
 	return err
 }
 
-func keyRefusal(why, do string, err error) error {
-	return &refusal.Error{Kind: refusal.Invalid, Code: ErrKey.Code, What: "audit signing key", Why: why, Do: do, Err: err}
+func keyRefusal(why, do string) error {
+	return &refusal.Error{Kind: refusal.Invalid, Code: ErrKey.Code, What: "audit signing key", Why: why, Do: do}
 }
 
 // verifierText returns the encoded verifier of an encoded Ed25519 signer.
@@ -159,11 +159,11 @@ func verifierText(skey string) (string, error) {
 	// "PRIVATE+KEY+<name>+<hash>+<base64 of 1 and the seed>"; NewSigner accepted it, so the parts are there.
 	parts := strings.SplitN(skey, "+", 5)
 	if len(parts) != 5 {
-		return "", keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up", nil)
+		return "", keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up")
 	}
 	raw, err := base64.StdEncoding.DecodeString(parts[4])
 	if err != nil || len(raw) != 1+ed25519.SeedSize {
-		return "", keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up", nil)
+		return "", keyRefusal("the signing key is no Ed25519 note signer", "restore signer.key from a back-up")
 	}
 	public := ed25519.NewKeyFromSeed(raw[1:]).Public().(ed25519.PublicKey)
 	vkey, err := note.NewEd25519VerifierKey(parts[2], public)

@@ -65,7 +65,7 @@ func Open(ctx context.Context, cfg Config) (*Log, error) {
 	}
 	if _, err := os.Stat(filepath.Join(cfg.Dir, SignerFile)); cfg.Key == "" && size > 0 && errors.Is(err, fs.ErrNotExist) {
 		// A new key for an old log would look like a forged one to everybody who has the verifier.
-		return nil, keyRefusal("the log has leaves, but its signing key is gone", "restore signer.key from a back-up", nil)
+		return nil, keyRefusal("the log has leaves, but its signing key is gone", "restore signer.key from a back-up")
 	}
 	key, err := loadKey(cfg.Dir, cfg.Origin, cfg.Key)
 	if err != nil {

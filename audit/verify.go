@@ -256,10 +256,10 @@ func (w *walk) since(ctx context.Context, raw []byte, verifier note.Verifier, pu
 
 // extends reports whether the tree new begins with the tree old. RFC 6962, section 2.1.2.
 func (w *walk) extends(ctx context.Context, old, next tlog.Tree) bool {
-	switch {
-	case old.N == 0:
+	switch old.N {
+	case 0:
 		return true
-	case old.N == next.N:
+	case next.N:
 		return old.Hash == next.Hash
 	}
 	hashes := torchwood.TileHashReaderWithContext(ctx, next, w.tiles)

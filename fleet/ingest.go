@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 
 	"github.com/redoubtsec/redoubt/event"
 	"github.com/redoubtsec/redoubt/policy"
@@ -130,9 +131,7 @@ func (f *Fleet) fitting(e event.Event) event.Event {
 	e.Detail = nil
 	attrs := map[string]any{"oversize.bytes": size}
 	if raw, err = json.Marshal(e); err == nil && len(raw) < event.MaxBytes-64 {
-		for k, v := range e.Attrs {
-			attrs[k] = v
-		}
+		maps.Copy(attrs, e.Attrs)
 		e.Attrs = attrs
 		return e
 	}

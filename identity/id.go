@@ -29,7 +29,7 @@ func ParseTrustDomain(s string) (TrustDomain, error) {
 	}
 	for i := range len(s) {
 		c := s[i]
-		if !(c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '.' || c == '-' || c == '_') {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-' && c != '_' {
 			return "", malformed("trust domain", "it has a character that is not a lower-case letter, digit, dot, hyphen or underscore")
 		}
 	}
@@ -92,7 +92,7 @@ func checkPath(path string) error {
 		}
 		for i := range len(segment) {
 			c := segment[i]
-			if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '.' || c == '-' || c == '_') {
+			if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '.' && c != '-' && c != '_' {
 				return malformed("SPIFFE ID", "its path has a character that is not a letter, digit, dot, hyphen or underscore")
 			}
 		}

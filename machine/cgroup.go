@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -100,10 +101,10 @@ func (m *Machine) removeCgroup(cgroup string) {
 		}
 		return nil
 	})
-	for i := len(dirs) - 1; i >= 0; i-- {
+	for _, dir := range slices.Backward(dirs) {
 		for range 20 {
 			// The kernel answers EBUSY for a moment after the last process has gone.
-			if err := os.Remove(dirs[i]); !errors.Is(err, syscall.EBUSY) {
+			if err := os.Remove(dir); !errors.Is(err, syscall.EBUSY) {
 				break
 			}
 			time.Sleep(5 * time.Millisecond)

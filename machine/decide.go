@@ -19,6 +19,11 @@ func (m *Machine) Decide(ctx context.Context, req *policy.Request) *policy.Decis
 		Machine: m.cfg.ID, Edition: v.edition, Overrides: v.overrides, Released: m.Released() != nil,
 	})
 	m.decisions.add(d)
+	for _, f := range d.Explanation.Failures {
+		// A forbid that cannot be evaluated does not forbid: that must not go unseen.
+		m.cfg.Meter.Count("policy_failures", 1, "effect", string(f.Policy.Effect))
+		m.log.Warn("a policy could not be evaluated", "policy", f.Policy.ID, "effect", string(f.Policy.Effect), "redoubt.decision.id", string(d.ID))
+	}
 	m.cfg.Meter.Count("decisions", 1, "verdict", string(d.Verdict), "mode", string(d.Mode))
 	m.cfg.Sink.Emit(event.OfDecision(d))
 	return d

@@ -187,7 +187,7 @@ func (m *Machine) Enroll(ctx context.Context, e Enrollment) (Workload, error) {
 		return Workload{}, err
 	}
 	if uid, ok := first.Facts.Get(identity.FactUID); ok {
-		e.UID = uint32(uid.Value.(int64)) //nolint:errcheck // the attestor's uid fact is an int64 by its contract
+		e.UID = uint32(uid.Value.(int64))
 		e.Privileged = e.UID == 0
 	}
 	if err := e.check(); err != nil {

@@ -66,8 +66,7 @@ func (e *Error) Is(target error) bool {
 
 // As returns the first refusal in err's chain, or nil.
 func As(err error) *Error {
-	var e *Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*Error](err); ok {
 		return e
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -106,7 +107,7 @@ func (c *Cgroup) Kill() error {
 	// Before Linux 5.14: until none is left. A fork bomb may outrun this; the caller's context ends it in Remove.
 	return c.walk(func(dir string) error {
 		data, err := readBounded(filepath.Join(dir, "cgroup.procs"))
-		for _, f := range strings.Fields(string(data)) {
+		for f := range strings.FieldsSeq(string(data)) {
 			if pid, err := strconv.Atoi(f); err == nil && pid > 1 {
 				_ = unix.Kill(pid, unix.SIGKILL)
 			}
@@ -153,8 +154,8 @@ func (c *Cgroup) walk(do func(dir string) error) error {
 	if err != nil {
 		return err
 	}
-	for i := len(dirs) - 1; i >= 0; i-- {
-		if err := do(dirs[i]); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, dir := range slices.Backward(dirs) {
+		if err := do(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}

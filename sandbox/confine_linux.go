@@ -51,7 +51,7 @@ func protectCgroupfs(w wire) error {
 
 // dropBounding empties the bounding set, so that no program that it executes can bring a capability with it.
 func dropBounding(wire) error {
-	for c := uintptr(0); c < 64; c++ {
+	for c := range uintptr(64) {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
 		if errors.Is(err, unix.EINVAL) && c > 0 {
 			return nil // past the last capability that this kernel knows

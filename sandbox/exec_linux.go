@@ -43,8 +43,7 @@ func execute(w wire) failure {
 // execFailed explains why exec failed, with the exit statuses of env(1): 127 not found, 126 found but not executable.
 func execFailed(name string, err error) failure {
 	f := failure{Kind: refusal.Invalid, Code: ErrNotExecutable.Code, exitedStatus: StatusNotExecutable}
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		f.Errno = uintptr(errno)
 	}
 	switch {

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -58,7 +59,7 @@ func printed(outcomes ...outcome) int {
 
 // inChild runs one attack in a process of its own. One that dies of it (a kernel without 32-bit calls) has gained nothing.
 func inChild(name, attack string, attr *syscall.SysProcAttr) outcome {
-	cmd := exec.Command("/proc/self/exe")
+	cmd := exec.CommandContext(context.Background(), "/proc/self/exe") // bounded by the caller, who kills the cgroup
 	cmd.Args = []string{probeName, attack}
 	cmd.Env = []string{}
 	cmd.SysProcAttr = attr
@@ -201,7 +202,7 @@ func setUID(bait string) outcome {
 	if bait == "" {
 		return outcome{Name: ProtectSetUID, Refused: true, How: "no file system here honours the bit"}
 	}
-	cmd := exec.Command(bait)
+	cmd := exec.CommandContext(context.Background(), bait)
 	cmd.Env = []string{}
 	err := cmd.Run()
 	if cmd.ProcessState == nil {

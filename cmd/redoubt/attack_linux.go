@@ -33,7 +33,7 @@ func attack(ctx context.Context, name, arg string) attackResult {
 		return leaveCgroup()
 	case "io-uring":
 		var params [120]byte
-		fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 8, uintptr(unsafe.Pointer(&params[0])), 0) //nolint:gosec // the call under attack
+		fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 8, uintptr(unsafe.Pointer(&params[0])), 0)
 		return answered("io_uring_setup", int(fd), errno)
 	case "packet-socket":
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
@@ -89,8 +89,7 @@ func answered(call string, fd int, err error) attackResult {
 }
 
 func errnoName(err error) string {
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		return unix.ErrnoName(errno)
 	}
 	if err == nil {

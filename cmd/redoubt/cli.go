@@ -162,8 +162,7 @@ func (c *cli) report(err error) int {
 		return code
 	}
 	_, _ = fmt.Fprintln(c.err, "redoubt: "+err.Error())
-	var p *client.Problem
-	if errors.As(err, &p) {
+	if p, ok := errors.AsType[*client.Problem](err); ok {
 		for _, d := range p.Refusals() {
 			_, _ = fmt.Fprintln(c.err, "  "+d.Error())
 		}

@@ -345,10 +345,10 @@ func (s *story) binary() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // others must run what is in it
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	return name, os.WriteFile(name, raw, 0o755) //nolint:gosec // others must run it
+	return name, os.WriteFile(name, raw, 0o755)
 }
 
 func (s *story) binaryDir() string { return filepath.Join(os.TempDir(), filepath.Base(s.data)+"-bin") }

@@ -33,7 +33,7 @@ func (c *cli) docsVerb() *cobra.Command {
 		Short: "Write the reference of the command line, as pages or as man pages",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := os.MkdirAll(to, 0o755); err != nil { //nolint:gosec // documentation is for everybody
+			if err := os.MkdirAll(to, 0o755); err != nil {
 				return err
 			}
 			root := cmd.Root()

@@ -140,7 +140,7 @@ func (a *Attestor) ask(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, fmt.Errorf("podman was busy for %v", a.config.EngineTimeout)
 	}
 	line := append(slices.Clone(a.config.Podman), args...)
-	cmd := exec.CommandContext(ctx, line[0], line[1:]...) //nolint:gosec // the operator's program, with an id of 64 hexadecimal digits
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }

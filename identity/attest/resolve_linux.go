@@ -157,7 +157,7 @@ func (a *Attestor) pidsOf(ctx context.Context, cgroup string) ([]int, error) {
 		if err != nil {
 			return true // removed meanwhile, or one of threads, whose processes are listed above it
 		}
-		for _, f := range strings.Fields(string(data)) {
+		for f := range strings.FieldsSeq(string(data)) {
 			if pid, err := strconv.Atoi(f); err == nil && pid > 0 { // 0: of another pid namespace
 				pids = append(pids, pid)
 			}

@@ -122,6 +122,7 @@ func refused(what string, err error) error {
 		kind = refusal.Invalid
 	case codes.ResourceExhausted:
 		kind = refusal.Exhausted
+	default: // PERMISSION_DENIED, as the standard has it for everything that is about who asks
 	}
 	return &refusal.Error{
 		Kind: kind, Code: "workload-api-" + strings.ToLower(s.Code().String()), What: what, Why: s.Message(),

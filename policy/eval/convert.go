@@ -116,7 +116,7 @@ func (q *question) add(e *policy.Entity) {
 		return
 	}
 	if q.byUID != nil {
-		q.byUID[uid] = int32(len(q.entities)) //nolint:gosec // at most maxEntities
+		q.byUID[uid] = int32(len(q.entities))
 	}
 	q.entities = append(q.entities, asked{uid: uid, source: e})
 }

@@ -29,7 +29,7 @@ func (e *Engine) Decide(ctx context.Context, r *policy.Request) (policy.Verdict,
 	if err != nil {
 		return policy.Deny, undecided(err), err
 	}
-	s := scratches.Get().(*scratch) //nolint:errcheck,forcetypeassert // the pool holds nothing else
+	s := scratches.Get().(*scratch) // the pool holds nothing else
 	defer scratches.Put(s)
 	e.index.candidates(s, q.principal, q.action, q.resource, q)
 	verdict, diag := e.answer(s.matches, q, q.principal, q.action, q.resource, q.context)

@@ -197,7 +197,7 @@ func TestDecidesAsCedarDoesOnRandomWorlds(t *testing.T) {
 	seed := rand.Uint64()
 	tally := map[policy.Reason]int{}
 	for round := range 400 {
-		w := &world{Rand: rand.New(rand.NewPCG(seed, uint64(round))), wide: round%4 == 0} //nolint:gosec // a repeatable generator
+		w := &world{Rand: rand.New(rand.NewPCG(seed, uint64(round))), wide: round%4 == 0}
 		text := w.policies(1 + w.IntN(120))
 		e, err := compile([]File{{Name: "world.cedar", Text: []byte(text)}}, nil, false, cedarName)
 		if err != nil {
@@ -272,7 +272,7 @@ func TestNearMissesAreNearest(t *testing.T) {
 	t.Parallel()
 	seed := rand.Uint64()
 	for round := range 300 {
-		w := &world{Rand: rand.New(rand.NewPCG(seed, uint64(round)))} //nolint:gosec // a repeatable generator
+		w := &world{Rand: rand.New(rand.NewPCG(seed, uint64(round)))}
 		text := w.policies(1 + w.IntN(8))
 		e, err := compile([]File{{Name: "world.cedar", Text: []byte(text)}}, nil, false, cedarName)
 		if err != nil {

@@ -99,7 +99,7 @@ func evaluate(w io.Writer, schemaText []byte, files []File, entities, requests i
 		if linear {
 			s.matches = s.matches[:0]
 			for i := range e.policies {
-				s.matches = append(s.matches, int32(i)) //nolint:gosec // at most maxPolicies
+				s.matches = append(s.matches, int32(i))
 			}
 		} else {
 			e.index.candidates(&s, r.Principal, r.Action, r.Resource, stored{store})
@@ -180,7 +180,7 @@ type uidJSON struct{ types.EntityUID }
 func (u *uidJSON) UnmarshalJSON(b []byte) error {
 	var text string
 	if json.Unmarshal(b, &text) == nil {
-		return u.EntityUID.UnmarshalCedar([]byte(text))
+		return u.UnmarshalCedar([]byte(text))
 	}
 	return u.EntityUID.UnmarshalJSON(b)
 }

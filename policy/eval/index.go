@@ -65,15 +65,15 @@ func newIndex(policies []compiled) index {
 		resources := x.parts[ofResource].file(p.Resource)
 		for _, a := range actions {
 			b := bucket{principals[0], a, resources[0]}
-			x.buckets[b] = append(x.buckets[b], int32(i)) //nolint:gosec // at most maxPolicies
+			x.buckets[b] = append(x.buckets[b], int32(i))
 			if p.Effect == ast.EffectForbid {
 				continue
 			}
 			for part := range x.pairs {
 				b := b
 				b[part] = open
-				if l := x.pairs[part][b]; len(l) == 0 || l[len(l)-1] != int32(i) { //nolint:gosec // at most maxPolicies
-					x.pairs[part][b] = append(l, int32(i)) //nolint:gosec // at most maxPolicies
+				if l := x.pairs[part][b]; len(l) == 0 || l[len(l)-1] != int32(i) {
+					x.pairs[part][b] = append(l, int32(i))
 				}
 			}
 		}
@@ -161,7 +161,7 @@ func (x *index) candidates(s *scratch, principal, action, resource types.EntityU
 	s.matches = s.matches[:0]
 	if len(s.met[0])*len(s.met[1])*len(s.met[2]) > max(x.size, minBuckets) { // more buckets than policies: ask them all
 		for i := range x.size {
-			s.matches = append(s.matches, int32(i)) //nolint:gosec // at most maxPolicies
+			s.matches = append(s.matches, int32(i))
 		}
 		return
 	}

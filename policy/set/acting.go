@@ -43,7 +43,7 @@ func (d *documents) readService(r *reader, doc Document, spec *yaml.Node) {
 		e.need("port", "give a port from 1 to 65535")
 		e.need("protocol", "give http or tcp")
 		end := Endpoint{
-			Address: e.text("address", maxHostName), Port: uint16(e.integer("port", 1, 65535, 0)), //nolint:gosec // in range by then
+			Address: e.text("address", maxHostName), Port: uint16(e.integer("port", 1, 65535, 0)),
 			Protocol: e.choice("protocol", "http", "tcp"), Machine: e.name("machine"),
 		}
 		if _, err := netip.ParseAddr(end.Address); end.Address != "" && err != nil && !isHost(end.Address) {

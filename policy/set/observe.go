@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -96,9 +97,7 @@ func (r *Registry) endOverride(ctx context.Context, id string, rec event.Record)
 // with returns a copy of detail that also has these keys and values.
 func with(detail map[string]string, pairs ...string) map[string]string {
 	out := make(map[string]string, len(detail)+len(pairs)/2)
-	for k, v := range detail {
-		out[k] = v
-	}
+	maps.Copy(out, detail)
 	for i := 0; i+1 < len(pairs); i += 2 {
 		out[pairs[i]] = pairs[i+1]
 	}

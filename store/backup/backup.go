@@ -14,6 +14,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -94,7 +95,7 @@ func (src *Source) check() error {
 	}
 	names := map[string]bool{manifestName: true}
 	for _, name := range append([]string{src.DatabaseName, src.AuditName}, fileNames(src.Files)...) {
-		first, _, _ := cutFirst(name)
+		first := top(name)
 		if checkName(name) != nil || names[name] || names[first] {
 			return bad("a name is malformed, or is there twice")
 		}
@@ -106,13 +107,10 @@ func (src *Source) check() error {
 	return nil
 }
 
-func cutFirst(name string) (string, string, bool) {
-	for i := range len(name) {
-		if name[i] == '/' {
-			return name[:i], name[i+1:], true
-		}
-	}
-	return name, "", false
+// top is the first part of a slash-separated name.
+func top(name string) string {
+	first, _, _ := strings.Cut(name, "/")
+	return first
 }
 
 func fileNames(files []File) []string {

@@ -98,8 +98,7 @@ func decrypt(r io.Reader, passphrase string) (io.Reader, error) {
 	}
 	identity.SetMaxWorkFactor(maxWorkFactor)
 	plain, err := age.Decrypt(bufio.NewReaderSize(r, 1<<16), identity)
-	var mismatch *age.NoIdentityMatchError
-	if errors.As(err, &mismatch) {
+	if _, ok := errors.AsType[*age.NoIdentityMatchError](err); ok {
 		return nil, wrongPassphrase("it does not open the archive", err)
 	}
 	if err != nil {
@@ -128,7 +127,7 @@ func unpack(ctx context.Context, r io.Reader, dir string) (Manifest, error) {
 	var total int64
 	for {
 		header, err := in.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return Manifest{}, damaged("it ends without a manifest", nil)
 		}
 		if err != nil {
@@ -218,8 +217,7 @@ func unreadable(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	var p *fs.PathError
-	if errors.As(err, &p) {
+	if _, ok := errors.AsType[*fs.PathError](err); ok {
 		return fmt.Errorf("restore: %w", err)
 	}
 	return damaged("it is cut short or altered", err)
@@ -313,7 +311,7 @@ func settle(dir string, m Manifest) error {
 	if err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
-	database, _, _ := cutFirst(m.Database)
+	database := top(m.Database)
 	slices.SortStableFunc(entries, func(a, b fs.DirEntry) int {
 		return rank(a.Name() == database) - rank(b.Name() == database)
 	})

@@ -2,6 +2,7 @@ package sqlite_test
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -95,7 +96,7 @@ func TestEveryChangeAndItsRecordAreOneTransaction(t *testing.T) {
 			},
 			func(ctx context.Context, s *sqlite.Store) bool {
 				_, err := s.Editions().Current(ctx)
-				return err == set.ErrNone
+				return errors.Is(err, set.ErrNone)
 			},
 		},
 		{
@@ -143,7 +144,8 @@ func TestEveryChangeAndItsRecordAreOneTransaction(t *testing.T) {
 				})
 			},
 			func(ctx context.Context, s *sqlite.Store) bool {
-				return s.Fleet().View(ctx, func(tx fleet.Tx) error { _, err := tx.Machines.Machine(ctx, "m1"); return err }) == fleet.ErrNotFound
+				err := s.Fleet().View(ctx, func(tx fleet.Tx) error { _, err := tx.Machines.Machine(ctx, "m1"); return err })
+				return errors.Is(err, fleet.ErrNotFound)
 			},
 		},
 	} {
