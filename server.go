@@ -18,6 +18,7 @@ import (
 	"github.com/redoubtsec/redoubt/fleet"
 	"github.com/redoubtsec/redoubt/identity"
 	"github.com/redoubtsec/redoubt/identity/ca"
+	"github.com/redoubtsec/redoubt/policy"
 	"github.com/redoubtsec/redoubt/policy/set"
 	"github.com/redoubtsec/redoubt/refusal"
 	"github.com/redoubtsec/redoubt/store/sqlite"
@@ -41,7 +42,11 @@ type Server struct {
 
 	apiListener, agentListener, metricsListener net.Listener
 	operator                                    Operator
+	draining                                    chan struct{} // closed when Run begins to end
 }
+
+// actingNamespaces are those in which a point of this build asks and acts; of the others `apply` says "not done yet".
+var actingNamespaces = []string{policy.Access}
 
 // DatabaseFile is the server's state within its data directory.
 const DatabaseFile = "redoubt.db"
@@ -52,7 +57,7 @@ const AuditDir = "audit"
 // NewServer opens everything that a server is made of, and its listeners. It starts nothing: Run does. Errors are refusals
 // wherever an operator can do something about them.
 func NewServer(ctx context.Context, cfg Config, t *Telemetry) (_ *Server, err error) {
-	s := &Server{cfg: cfg, telemetry: t, log: t.Logger}
+	s := &Server{cfg: cfg, telemetry: t, log: t.Logger, draining: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -121,8 +126,8 @@ func (s *Server) doors(ctx context.Context, td identity.TrustDomain) (err error)
 	if s.api, err = api.New(api.Config{
 		TrustDomain: td, Version: Version(), Operators: verifier, Engine: s.registry, Authority: s.ca, Rotation: s.ca,
 		Machines: s.fleet, Tokens: s.fleet, Workloads: s.fleet, Withdrawals: s.fleet, Quarantines: s.fleet, Events: s.fleet,
-		PolicySet: s.registry, Editions: s.store.Editions(), Overrides: s.registry, Audit: s.audit, Protections: protections{s.fleet},
-		Sink: s.fleet, Meter: s.telemetry, Logger: s.log,
+		PolicySet: s.registry, Editions: s.registry, Overrides: s.registry, Audit: s.audit, Protections: protections{s.fleet},
+		Sink: s.fleet, Meter: s.telemetry, Logger: s.log, Drain: s.draining, Enforced: actingNamespaces,
 	}); err != nil {
 		return err
 	}
@@ -182,6 +187,7 @@ func (s *Server) Ready() Ready {
 // Run serves until ctx ends, then drains: calls in flight are given ten seconds, streams are told to come back.
 func (s *Server) Run(ctx context.Context) error {
 	defer s.close()
+	defer context.AfterFunc(ctx, func() { close(s.draining) })()
 	// The doors close first; what they rely on (audit log, store) goes on until they have.
 	below, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()

@@ -66,16 +66,8 @@ type editionInput struct {
 	Version uint64 `path:"version" doc:"Number of the edition."`
 }
 
-// edition returns an edition; version 0, the built-in set, is stored nowhere and has no files of an operator's.
-func (s *server) edition(ctx context.Context, version uint64) (set.Edition, error) {
-	if version == 0 {
-		return set.Edition{}, nil
-	}
-	return s.editions.Edition(ctx, version)
-}
-
 func (s *server) getEdition(ctx context.Context, _ *call, in *editionInput) (*body[set.Edition], error) {
-	e, err := s.edition(ctx, in.Version)
+	e, err := s.editions.Edition(ctx, in.Version)
 	if err != nil {
 		return nil, err
 	}
@@ -92,11 +84,11 @@ func (s *server) diffEditions(ctx context.Context, _ *call, in *diffEditionsInpu
 	if in.From < 0 && in.Version > 0 {
 		from = in.Version - 1
 	}
-	a, err := s.edition(ctx, from)
+	a, err := s.editions.Edition(ctx, from)
 	if err != nil {
 		return nil, err
 	}
-	b, err := s.edition(ctx, in.Version)
+	b, err := s.editions.Edition(ctx, in.Version)
 	if err != nil {
 		return nil, err
 	}
