@@ -225,7 +225,7 @@ func (s *Server) Run(ctx context.Context) error {
 
 func (s *Server) serveAPI(ctx context.Context) error {
 	server := &http.Server{
-		Handler: s.api, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		Handler: s.telemetry.Trace(s.api), ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		TLSConfig: &tls.Config{
 			MinVersion: tls.VersionTLS13, CurvePreferences: curves, GetCertificate: s.cert.get, ClientAuth: tls.RequestClientCert,
 		},

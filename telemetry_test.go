@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/redoubtsec/redoubt"
 )
 
@@ -108,8 +110,21 @@ func TestOTLPExportsLogsAndTraces(t *testing.T) {
 	var out bytes.Buffer
 	tel := telemetry(t, "telemetry: {otlp: '"+collector.URL+"'}\n", &out)
 	tel.Logger.Info("hello")
-	_, span := tel.Tracer.Start(t.Context(), "work")
-	span.End()
+	w := httptest.NewRecorder()
+	r := httptest.NewRequest(http.MethodGet, "/v1/workloads/w-1", nil)
+	r.Header.Set("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+	tel.Trace(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if got := trace.SpanContextFromContext(r.Context()).TraceID().String(); got != "4bf92f3577b34da6a3ce929d0e0e4736" {
+			t.Errorf("the caller's trace was not continued: %s", got)
+		}
+		w.WriteHeader(http.StatusTeapot)
+		if err := http.NewResponseController(w).Flush(); err != nil {
+			t.Errorf("streams cannot flush through the trace: %v", err)
+		}
+	})).ServeHTTP(w, r)
+	if w.Code != http.StatusTeapot {
+		t.Errorf("status %d", w.Code)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	if err := tel.Close(ctx); err != nil {

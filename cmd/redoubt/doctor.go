@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/redoubtsec/redoubt/identity/attest"
 	"github.com/redoubtsec/redoubt/machine"
 	"github.com/redoubtsec/redoubt/policy"
 	"github.com/redoubtsec/redoubt/refusal"
@@ -43,7 +44,8 @@ func (c *cli) doctorVerb() *cobra.Command {
 				}
 				report.Agent = "running"
 			case r != nil && r.Code == "agent-away":
-				ledger, err := sensor.Probe(cmd.Context(), "")
+				root, _ := attest.CgroupRoot() // without one the ledger says so of every cgroup hook
+				ledger, err := sensor.Probe(cmd.Context(), root)
 				if err != nil {
 					return err
 				}
