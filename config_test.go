@@ -65,7 +65,6 @@ func TestEveryKeyIsInTheDocumentation(t *testing.T) {
 	var walk func(prefix string, v reflect.Type)
 	walk = func(prefix string, v reflect.Type) {
 		for f := range v.Fields() {
-			f := f
 			key := prefix + f.Tag.Get("yaml")
 			if f.Type.Kind() == reflect.Struct {
 				walk(key+".", f.Type)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"maps"
 	"mime"
 	"net/http"
 	"os"
@@ -49,9 +50,7 @@ func (b *recorder) answer() *answer {
 // Source: RFC 9110, 13.1.2 and 15.4.5.
 func (a *answer) send(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
-	for name, values := range a.header {
-		header[name] = values
-	}
+	maps.Copy(header, a.header)
 	read := r.Method == http.MethodGet || r.Method == http.MethodHead
 	status, body := a.status, a.body
 	if read && status == http.StatusOK {

@@ -149,8 +149,7 @@ func (s *site) operations() []described {
 	s.t.Helper()
 	var doc struct {
 		Paths map[string]map[string]described `json:"paths"`
-	}
-	doc = into[struct {
+	} = into[struct {
 		Paths map[string]map[string]described `json:"paths"`
 	}](s.t, s.call("GET", "/v1/openapi.json", ""))
 	var out []described

@@ -80,7 +80,7 @@ type diffEditionsInput struct {
 }
 
 func (s *server) diffEditions(ctx context.Context, _ *call, in *diffEditionsInput) (*body[set.Diff], error) {
-	from := uint64(max(in.From, 0)) //nolint:gosec // not negative
+	from := uint64(max(in.From, 0))
 	if in.From < 0 && in.Version > 0 {
 		from = in.Version - 1
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"maps"
 	"net/http"
 	"strconv"
 	"time"
@@ -110,8 +111,7 @@ func (e *explained) Unwrap() error { return e.refused }
 // render is the only way from an error to an answer. An error that is no refusal is an internal failure: its text stays
 // here, for the log, and the answer has the request's id only. internal reports that.
 func render(err error, request string) (p *problem, internal bool) {
-	var done *problem
-	if errors.As(err, &done) {
+	if done, ok := errors.AsType[*problem](err); ok {
 		done.Request = request
 		return done, false
 	}
@@ -142,8 +142,7 @@ func render(err error, request string) (p *problem, internal bool) {
 	if r.Code == "" {
 		p.Code = string(r.Kind)
 	}
-	var e *explained
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*explained](err); ok {
 		p.Explanation = &e.explanation
 	}
 	p.Problems = defects(err)
@@ -183,7 +182,7 @@ func defects(err error) []client.Defect {
 			return
 		}
 		if r, ok := err.(*refusal.Error); ok { //nolint:errorlint // each node of the tree is looked at by itself
-			inner, _ := r.Err.(interface{ Unwrap() []error }) //nolint:errorlint // as above
+			inner, _ := r.Err.(interface{ Unwrap() []error })
 			if inner == nil {
 				out = append(out, client.Defect{Kind: r.Kind, Code: r.Code, What: r.What, Why: r.Why, Do: r.Do})
 				return
@@ -209,9 +208,7 @@ func defects(err error) []client.Defect {
 
 // write sends p. It is for answers outside of an operation; within one, the flow buffers.
 func (p *problem) write(w http.ResponseWriter) {
-	for name, values := range p.header {
-		w.Header()[name] = values
-	}
+	maps.Copy(w.Header(), p.header)
 	body, err := json.Marshal(p)
 	if err != nil { // a problem is plain data
 		body = []byte(`{"type":"` + client.ProblemInternal + `","title":"Internal failure","status":500,"code":"internal"}`)

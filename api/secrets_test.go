@@ -129,7 +129,7 @@ func TestNoAnswerRepeatsWhatWasSubmitted(t *testing.T) {
 		}
 	}
 	if strings.Contains(s.Log.String(), secret) {
-		for _, line := range strings.Split(s.Log.String(), "\n") {
+		for line := range strings.SplitSeq(s.Log.String(), "\n") {
 			if strings.Contains(line, secret) {
 				t.Errorf("the log repeats it: %s", line)
 				break

@@ -12,8 +12,11 @@ func TestDecisionsLetThroughWhatTheyMay(t *testing.T) {
 		mode           policy.Mode
 		allowed, would bool
 	}{
-		{policy.Permit, policy.Enforce, true, false}, {policy.Permit, policy.Observe, true, false},
-		{policy.Deny, policy.Enforce, false, false}, {policy.Deny, policy.Observe, true, true}, {"", "", false, false},
+		{policy.Permit, policy.Enforce, true, false},
+		{policy.Permit, policy.Observe, true, false},
+		{policy.Deny, policy.Enforce, false, false},
+		{policy.Deny, policy.Observe, true, true},
+		{"", "", false, false},
 	} {
 		d := policy.Decision{Verdict: c.verdict, Mode: c.mode}
 		if d.Allowed() != c.allowed || d.WouldDeny() != c.would {

@@ -76,7 +76,7 @@ func onBPFFS(path string) (bool, error) {
 	if err := unix.Statfs(path, &st); err != nil {
 		return false, err
 	}
-	return uint32(st.Type) == unix.BPF_FS_MAGIC, nil //nolint:gosec // the magic number is 32 bits, whatever holds it
+	return uint32(st.Type) == unix.BPF_FS_MAGIC, nil
 }
 
 // Pins lists what is pinned below dir, in order of path. An object that cannot be opened is listed with kind "unknown".
@@ -136,7 +136,7 @@ func describe(path string) Pin {
 	if err != nil {
 		return p
 	}
-	defer object.Close()
+	defer func() { _ = object.Close() }()
 	switch o := object.(type) {
 	case *ebpf.Map:
 		p.Kind, p.Type = "map", o.Type().String()
@@ -229,7 +229,7 @@ func detach(path string) link.ID {
 	if err != nil {
 		return 0 // what cannot be opened cannot be detached; removing its pin is what is left
 	}
-	defer object.Close()
+	defer func() { _ = object.Close() }()
 	l, ok := object.(link.Link)
 	if !ok || l.Detach() == nil {
 		return 0

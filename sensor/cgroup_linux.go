@@ -127,7 +127,7 @@ func provesDenial(cgroup string, verdict int32) error {
 	if err != nil {
 		return err
 	}
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	got, err := runChild(cgroup)
 	if err != nil {
 		return err

@@ -64,8 +64,7 @@ func Probe(ctx context.Context, cgroupRoot string) (*Ledger, error) {
 
 // answer renders an error in one line.
 func answer(err error) string {
-	var verifier *ebpf.VerifierError
-	if errors.As(err, &verifier) {
+	if verifier, ok := errors.AsType[*ebpf.VerifierError](err); ok {
 		err = fmt.Errorf("load: %w", verifier.Cause)
 		for _, line := range slices.Backward(verifier.Log) {
 			if !strings.HasPrefix(line, "processed ") { // statistics, after the reason

@@ -164,7 +164,7 @@ func seccomp(flags uintptr, action uint32) (listener int, err error) {
 		{Code: unix.BPF_RET | unix.BPF_K, K: action},
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 	}
-	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]} //nolint:gosec // four
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	fd, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&prog)))
 	if errno != 0 {
 		return -1, fmt.Errorf("seccomp: %w", errno)
@@ -228,7 +228,7 @@ func seccompNotify() error {
 // wait waits for something to read on fd.
 func wait(fd int) error {
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, pollPatience) //nolint:gosec // a descriptor
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, pollPatience)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
@@ -282,7 +282,7 @@ func fanotifyDenies() error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }()
 	defer f.Close()
 	opened := make(chan error, 1)
 	err = fanotify(f.Name(), unix.FAN_MARK_ADD, unix.FAN_OPEN_PERM, func(group int) error {

@@ -152,7 +152,7 @@ var traceProbes = []probe{
 		if err != nil {
 			return fmt.Errorf("attach: %w", err)
 		}
-		defer l.Close()
+		defer func() { _ = l.Close() }()
 		r, err := l.Open()
 		if err != nil {
 			return fmt.Errorf("open: %w", err)

@@ -165,7 +165,7 @@ func (c *Client) do(ctx context.Context, e exchange) (http.Header, error) {
 		key = rand.Text()
 	}
 	for n := 1; ; n++ {
-		resp, err := c.send(ctx, e, body, key)
+		resp, err := c.send(ctx, e, body, key) //nolint:bodyclose // answered closes it
 		if err == nil {
 			return answered(resp, e.out)
 		}
@@ -219,12 +219,10 @@ func (c *Client) send(ctx context.Context, e exchange, body []byte, key string) 
 
 // unreached says why no answer came. The URL, which error texts of net/http begin with, is left out.
 func unreached(err error) error {
-	var inner *url.Error
-	if errors.As(err, &inner) {
+	if inner, ok := errors.AsType[*url.Error](err); ok {
 		err = inner.Err
 	}
-	var untrusted *tls.CertificateVerificationError
-	if errors.As(err, &untrusted) {
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return &refusal.Error{
 			Kind: refusal.Unproven, Code: ErrUntrusted.Code, What: "the server",
 			Why: "its certificate is not of the CA bundle given, not for this name, or not valid now",

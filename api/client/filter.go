@@ -57,7 +57,7 @@ func encode(query url.Values, filter any) {
 		if name == "" || v.Field(i).IsZero() {
 			continue
 		}
-		if t, ok := v.Field(i).Interface().(time.Time); ok {
+		if t, ok := reflect.TypeAssert[time.Time](v.Field(i)); ok {
 			query.Set(name, t.UTC().Format(time.RFC3339Nano))
 			continue
 		}
