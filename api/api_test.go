@@ -147,9 +147,7 @@ func (d described) address() string {
 
 func (s *site) operations() []described {
 	s.t.Helper()
-	var doc struct {
-		Paths map[string]map[string]described `json:"paths"`
-	} = into[struct {
+	doc := into[struct {
 		Paths map[string]map[string]described `json:"paths"`
 	}](s.t, s.call("GET", "/v1/openapi.json", ""))
 	var out []described
