@@ -67,8 +67,8 @@ func (d *domain) start(t testing.TB) {
 	d.server = start(t, "server", "--config", d.config, "--data", d.serverData())
 }
 
-// cli puts the server's data directory behind a verb.
-func (d *domain) cli(args ...string) []string { return append(args, "--data", d.serverData()) }
+// cli puts the server's data directory before a verb.
+func (d *domain) cli(args ...string) []string { return append([]string{"--data", d.serverData()}, args...) }
 
 // token makes a join token in a file.
 func (d *domain) token(t testing.TB, name string, more ...string) string {
@@ -132,8 +132,8 @@ func (a *agent) start(t testing.TB, more ...string) {
 	a.role = start(t, a.args(more...)...)
 }
 
-// cli puts the agent's data directory behind a verb.
-func (a *agent) cli(args ...string) []string { return append(args, "--data", a.data) }
+// cli puts the agent's data directory before a verb.
+func (a *agent) cli(args ...string) []string { return append([]string{"--data", a.data}, args...) }
 
 // doctor is what the agent says of itself.
 type doctor struct {
@@ -177,6 +177,7 @@ type workload struct {
 	cmd      *exec.Cmd
 	mu       sync.Mutex // one command at a time
 	in       io.WriteCloser
+	pipe     *os.File
 	out      *bufio.Reader
 	said     transcript
 }
@@ -192,15 +193,17 @@ func (a *agent) shell(t testing.TB, service string, flags ...string) *workload {
 	if w.in, err = w.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
-	out, err := w.cmd.StdoutPipe()
+	out, child, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.out = bufio.NewReader(out)
-	if err := startOn(w.cmd); err != nil {
+	w.cmd.Stdout, w.pipe, w.out = child, out, bufio.NewReader(out)
+	err = startOn(w.cmd)
+	_ = child.Close()
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { w.end() })
+	t.Cleanup(func() { w.end(); _ = out.Close() })
 	w.instance, _ = w.sh(t, `echo $REDOUBT_WORKLOAD`)
 	pid, _ := w.sh(t, `echo $$`)
 	w.pid, _ = strconv.Atoi(pid)
@@ -219,7 +222,8 @@ func (w *workload) sh(t testing.TB, line string) (string, int) {
 	t.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if _, err := fmt.Fprintf(w.in, "%s 2>&1; echo \"@@$?\"\n", line); err != nil {
+	_ = w.pipe.SetReadDeadline(time.Now().Add(time.Minute))
+	if _, err := fmt.Fprintf(w.in, "{ %s\n} 2>&1; printf '\\n@@%%s\\n' $?\n", line); err != nil {
 		t.Fatalf("workload %s: %v\n%s", w.instance, err, &w.said)
 	}
 	var text strings.Builder
@@ -231,7 +235,7 @@ func (w *workload) sh(t testing.TB, line string) (string, int) {
 		}
 		text.WriteString(got)
 		if err != nil {
-			t.Fatalf("workload %s ended: %v\n%s\n%s", w.instance, err, &text, &w.said)
+			t.Fatalf("workload %s, %s: %v\n%s\n%s", w.instance, line, err, &text, &w.said)
 		}
 	}
 }

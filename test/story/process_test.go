@@ -257,5 +257,5 @@ func refused(t testing.TB, code int, parts []string, args ...string) {
 	if r.code != code {
 		t.Errorf("%s: exit code %d, want %d\n%s%s", what, r.code, code, r.out, r.err)
 	}
-	contains(t, what, r.err, parts...)
+	contains(t, what, r.out+r.err, parts...)
 }
