@@ -73,6 +73,9 @@ type AuthorityConfig struct {
 	IssuingTTL time.Duration `yaml:"issuing_ttl"`
 	// RootTTL is the life of the trust domain's root. Default: 87600h.
 	RootTTL time.Duration `yaml:"root_ttl"`
+	// RefreshHint is how often relying parties are told to fetch the bundle, and so the least wait between publishing a JWT key
+	// and signing with it. Default: 5m; at least 1s. Too short a one lets tokens arrive before the key that proves them.
+	RefreshHint time.Duration `yaml:"refresh_hint"`
 	// KEKFile holds the key that seals the authority's keys: 32 bytes, raw or 64 hex digits. Default: <data>/kek, made at the
 	// first start. A file elsewhere (a mounted secret) keeps it out of copies of the data directory. Losing it loses the authority.
 	KEKFile string `yaml:"kek_file"`

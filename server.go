@@ -83,7 +83,7 @@ func NewServer(ctx context.Context, cfg Config, t *Telemetry) (_ *Server, err er
 	a := cfg.Server.Authority
 	if s.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: td, Store: s.store.Keys(), KEK: kek, ServerID: fleet.ServerID(td), SVIDTTL: a.SVIDTTL, AgentTTL: a.AgentTTL,
-		JWTTTL: a.JWTTTL, IssuingTTL: a.IssuingTTL, RootTTL: a.RootTTL, Meter: t, Logger: s.log,
+		JWTTTL: a.JWTTTL, IssuingTTL: a.IssuingTTL, RootTTL: a.RootTTL, RefreshHint: a.RefreshHint, Meter: t, Logger: s.log,
 	}); err != nil {
 		return nil, err
 	}
