@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -22,6 +23,7 @@ func (f *Fleet) Revoke(ctx context.Context, r Revocation, rec event.Record) (Rev
 	if err := checkRevocation(f.cfg.TrustDomain, r, now); err != nil {
 		return Revocation{}, err
 	}
+	rec.Detail = because(rec.Detail, "revocation", r.ID, r.Reason, r.Expires)
 	err := f.update(ctx, func(u *unit) error {
 		n, err := u.Revocations.CountRevocations(ctx)
 		if err != nil {
@@ -50,6 +52,16 @@ func (f *Fleet) Revoke(ctx context.Context, r Revocation, rec event.Record) (Rev
 	}
 	f.meter.Count("fleet_revocations", 1)
 	return r, nil
+}
+
+// because adds to the detail of an audit record which withdrawal it is of, why, and until when.
+func because(detail map[string]string, kind, id, reason string, expires time.Time) map[string]string {
+	out := map[string]string{kind: id, "reason": reason}
+	if !expires.IsZero() {
+		out["expires"] = stamp(expires)
+	}
+	maps.Copy(out, detail)
+	return out
 }
 
 // RevokeMachine is [Fleet.Revoke] of a machine, for good.
@@ -131,6 +143,7 @@ func (f *Fleet) Quarantine(ctx context.Context, q Quarantine, rec event.Record) 
 	if err := checkQuarantine(f.cfg.TrustDomain, q, now); err != nil {
 		return Quarantine{}, err
 	}
+	rec.Detail = because(rec.Detail, "quarantine", q.ID, q.Reason, q.Expires)
 	err := f.update(ctx, func(u *unit) error {
 		n, err := u.Quarantines.CountQuarantines(ctx)
 		if err != nil {

@@ -155,6 +155,9 @@ func (r *Registry) activate(ctx context.Context, s *Set, next Edition, expect ui
 	if !next.ConfirmBy.IsZero() {
 		detail["confirm_by"] = next.ConfirmBy.Format(time.RFC3339)
 	}
+	if next.Note != "" {
+		detail["note"] = next.Note
+	}
 	for key, value := range rec.Detail {
 		if _, ours := detail[key]; !ours {
 			detail[key] = value

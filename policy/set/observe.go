@@ -60,6 +60,9 @@ func (r *Registry) observe(ctx context.Context, o Override, rec event.Record) (O
 		}
 	}
 	rec.Detail = with(rec.Detail, "override", o.ID, "selector", o.String(), "expires", o.Expires.Format(time.RFC3339))
+	if o.Note != "" {
+		rec.Detail = with(rec.Detail, "note", o.Note)
+	}
 	if err := r.overrides.PutOverride(ctx, o, rec); err != nil {
 		r.resync(ctx)
 		return Override{}, fmt.Errorf("put override: %w", err)
