@@ -78,8 +78,8 @@ func (d *domain) token(t testing.TB, name string, more ...string) string {
 	return file
 }
 
-// agent is one machine's agent.
-type agent struct {
+// node is one machine's agent.
+type node struct {
 	domain  *domain
 	machine string
 	data    string
@@ -90,10 +90,10 @@ type agent struct {
 }
 
 // machine makes the configuration of an agent that is not started. more are lines for below `agent:`.
-func (d *domain) machine(t testing.TB, name string, more ...string) *agent {
+func (d *domain) machine(t testing.TB, name string, more ...string) *node {
 	t.Helper()
 	d.agents++
-	a := &agent{
+	a := &node{
 		domain: d, machine: name, data: filepath.Join(d.dir, fmt.Sprintf("%s-%d", name, d.agents)),
 		socket: filepath.Join(d.dir, fmt.Sprintf("w%d.sock", d.agents)), cgroups: fmt.Sprintf("%s/%s-%d", program.cgroups, filepath.Base(d.dir), d.agents),
 	}
@@ -115,7 +115,7 @@ func (d *domain) machine(t testing.TB, name string, more ...string) *agent {
 }
 
 // join starts an agent and joins it with a fresh token.
-func (d *domain) join(t testing.TB, name string, more ...string) *agent {
+func (d *domain) join(t testing.TB, name string, more ...string) *node {
 	t.Helper()
 	a := d.machine(t, name, more...)
 	a.start(t, "--machine", name, "--join-token-file", d.token(t, name))
@@ -123,17 +123,17 @@ func (d *domain) join(t testing.TB, name string, more ...string) *agent {
 }
 
 // args is the command line that starts the agent.
-func (a *agent) args(more ...string) []string {
+func (a *node) args(more ...string) []string {
 	return append([]string{"agent", "--config", a.config, "--data", a.data}, more...)
 }
 
-func (a *agent) start(t testing.TB, more ...string) {
+func (a *node) start(t testing.TB, more ...string) {
 	t.Helper()
 	a.role = start(t, a.args(more...)...)
 }
 
 // cli puts the agent's data directory before a verb.
-func (a *agent) cli(args ...string) []string { return append([]string{"--data", a.data}, args...) }
+func (a *node) cli(args ...string) []string { return append([]string{"--data", a.data}, args...) }
 
 // doctor is what the agent says of itself.
 type doctor struct {
@@ -146,13 +146,13 @@ type doctor struct {
 	} `json:"connection"`
 }
 
-func (a *agent) doctor(t testing.TB) doctor {
+func (a *node) doctor(t testing.TB) doctor {
 	t.Helper()
 	return document[doctor](t, a.cli("doctor")...)
 }
 
 // connected waits until the agent is in touch with its server.
-func (a *agent) connected(t testing.TB) {
+func (a *node) connected(t testing.TB) {
 	t.Helper()
 	eventually(t, 60*time.Second, "connection of "+a.machine, func() (bool, string) {
 		c := a.doctor(t).Connection
@@ -161,7 +161,7 @@ func (a *agent) connected(t testing.TB) {
 }
 
 // policySet waits until the agent has the policy set in force.
-func (a *agent) policySet(t testing.TB, version uint64) {
+func (a *node) policySet(t testing.TB, version uint64) {
 	t.Helper()
 	eventually(t, 30*time.Second, "policy set of "+a.machine, func() (bool, string) {
 		got := a.doctor(t).Status.PolicySet
@@ -183,7 +183,7 @@ type workload struct {
 }
 
 // shell starts a shell as a workload of a service.
-func (a *agent) shell(t testing.TB, service string, flags ...string) *workload {
+func (a *node) shell(t testing.TB, service string, flags ...string) *workload {
 	t.Helper()
 	w := &workload{}
 	args := a.cli(append([]string{"run", "--service", service}, flags...)...)
@@ -360,7 +360,7 @@ func (d *domain) apply(t testing.TB, sets ...map[string]string) uint64 {
 }
 
 // askLocal asks an agent whether a service may connect to another.
-func (a *agent) askLocal(t testing.TB, from, to string) policy.Decision {
+func (a *node) askLocal(t testing.TB, from, to string) policy.Decision {
 	t.Helper()
 	r := redoubt(t, a.cli("ask", "Workload:"+from, "Net::connect", "Service:"+to, "--local", "--json")...)
 	var d policy.Decision
