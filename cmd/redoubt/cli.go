@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/redoubtsec/redoubt"
 	"github.com/redoubtsec/redoubt/api/client"
 	"github.com/redoubtsec/redoubt/api/local"
 	"github.com/redoubtsec/redoubt/refusal"
@@ -135,9 +136,12 @@ func (c *cli) roleDir(role, mark string) string {
 	return filepath.Join(c.dir(), role)
 }
 
+// agentDir is the agent's data directory. Its mark is a file that stays when the agent does not.
+func (c *cli) agentDir() string { return c.roleDir("agent", redoubt.MachineFile) }
+
 // agent returns a client of this machine's agent.
 func (c *cli) agent() *local.Client {
-	return local.NewClient(filepath.Join(c.roleDir("agent", "agent.sock"), "agent.sock"))
+	return local.NewClient(filepath.Join(c.agentDir(), redoubt.AgentSocket))
 }
 
 // report prints an error as "what: why; what to do" (or as a problem document) and returns the exit code.

@@ -25,7 +25,7 @@ func (c *cli) releaseVerb() *cobra.Command {
 			defer agent.Close()
 			r, err := agent.Release(cmd.Context(), in)
 			if e := refusal.As(err); e != nil && e.Code == "agent-away" {
-				r, err = redoubt.ReleaseOffline(cmd.Context(), c.roleDir("agent", "agent.json"), in.Reason, in.Resume)
+				r, err = redoubt.ReleaseOffline(cmd.Context(), c.agentDir(), in.Reason, in.Resume)
 			}
 			if err != nil {
 				return err
