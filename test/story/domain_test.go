@@ -68,7 +68,9 @@ func (d *domain) start(t testing.TB) {
 }
 
 // cli puts the server's data directory before a verb.
-func (d *domain) cli(args ...string) []string { return append([]string{"--data", d.serverData()}, args...) }
+func (d *domain) cli(args ...string) []string {
+	return append([]string{"--data", d.serverData()}, args...)
+}
 
 // token makes a join token in a file.
 func (d *domain) token(t testing.TB, name string, more ...string) string {
@@ -189,6 +191,17 @@ func (a *node) shell(t testing.TB, service string, flags ...string) *workload {
 	args := a.cli(append([]string{"run", "--service", service}, flags...)...)
 	w.cmd = exec.Command(program.redoubt, append(args, "--", "sh")...)
 	w.cmd.Env, w.cmd.Stderr, w.cmd.Dir = environment(), &w.said, "/"
+	w.open(t)
+	w.instance, _ = w.sh(t, `echo $REDOUBT_WORKLOAD`)
+	pid, _ := w.sh(t, `echo $$`)
+	w.pid, _ = strconv.Atoi(pid)
+	w.cgroup = cgroupOf(t, w.pid)
+	return w
+}
+
+// open starts the shell, with pipes to it.
+func (w *workload) open(t testing.TB) {
+	t.Helper()
 	var err error
 	if w.in, err = w.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -204,11 +217,6 @@ func (a *node) shell(t testing.TB, service string, flags ...string) *workload {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.end(); _ = out.Close() })
-	w.instance, _ = w.sh(t, `echo $REDOUBT_WORKLOAD`)
-	pid, _ := w.sh(t, `echo $$`)
-	w.pid, _ = strconv.Atoi(pid)
-	w.cgroup = cgroupOf(t, w.pid)
-	return w
 }
 
 // end closes the shell's input, which ends it.

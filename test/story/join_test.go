@@ -37,11 +37,13 @@ func TestJoinTokenIsForOneMachineOnceAndOneServer(t *testing.T) {
 		{"of another machine", "m5", fresh, []string{"join of machine m5", "another machine"}, "join-token-wrong-machine"},
 		{
 			"of another server", "m3", writeFile(t, fresh+".pin", strings.Replace(secret, root, strings.Repeat("0", 64), 1)),
-			[]string{"connection to the server", "the root key is another", "token"}, "",
+			[]string{"connection to the server", "the root key is another", "token"},
+			"",
 		},
 		{
 			"made up", "m3", writeFile(t, fresh+".guess", "rj1."+tokenID(t, fresh)+"."+strings.Repeat("A", 43)+"."+root),
-			[]string{"join of machine m3", "token create"}, "join-token-unknown",
+			[]string{"join of machine m3", "token create"},
+			"join-token-unknown",
 		},
 		{"cut short", "m3", writeFile(t, fresh+".cut", secret[:20]), []string{"join token", "rj1.<id>.<secret>.<root>", "whole token"}, ""},
 		{"none", "m3", "", []string{"has not joined", "token create"}, ""},
