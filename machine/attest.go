@@ -178,11 +178,14 @@ func (m *Machine) attestDue(ctx context.Context) {
 	}
 }
 
-// reportDue tells the server of workloads whose facts changed (all of them when full) and takes its answers.
-// It reports whether the server has been reached.
+// reportDue tells the server of workloads whose facts changed (all of them when full) and of those that ended, and takes
+// its answers. It reports whether the server has been reached.
 func (m *Machine) reportDue(ctx context.Context, full bool) bool {
+	m.reporting.Lock()
+	defer m.reporting.Unlock()
 	m.mu.Lock()
-	report := fleet.Report{Full: full}
+	report := fleet.Report{Full: full, Gone: m.ended}
+	m.ended = nil
 	var told []*workload
 	for _, w := range m.workloads {
 		if w.Facts.Len() > 0 && (w.dirty || full) {
@@ -192,7 +195,7 @@ func (m *Machine) reportDue(ctx context.Context, full bool) bool {
 		}
 	}
 	m.mu.Unlock()
-	if len(told) == 0 && !full {
+	if len(told) == 0 && len(report.Gone) == 0 && !full {
 		return false
 	}
 	assigned, err := m.cfg.Upstream.Report(ctx, report)
@@ -200,6 +203,10 @@ func (m *Machine) reportDue(ctx context.Context, full bool) bool {
 		m.mu.Lock()
 		for _, w := range told {
 			w.dirty = true
+		}
+		// Beyond this the next full report tells it: what is not named there is gone.
+		if len(m.ended)+len(report.Gone) <= MaxWorkloads {
+			m.ended = append(m.ended, report.Gone...)
 		}
 		m.mu.Unlock()
 		m.log.Debug("workloads were not reported; it will be tried again", "error", err)
@@ -233,15 +240,6 @@ func (m *Machine) assign(a fleet.Assigned) {
 	}
 	w.touch()
 	m.wake()
-}
-
-// gone tells the server that a workload ended; what it does not hear now it learns from the next full report.
-func (m *Machine) gone(instance string) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	if _, err := m.cfg.Upstream.Report(ctx, fleet.Report{Gone: []string{instance}}); err != nil {
-		m.log.Debug("the end of a workload was not reported; the next full report will", "workload", instance, "error", err)
-	}
 }
 
 // controlEvent tells of the machine's own life.

@@ -80,7 +80,12 @@ type Machine struct {
 	log  *slog.Logger
 	view atomic.Pointer[view] // swapped whole by the receiver
 
+	// reporting is held from the moment a report is drawn up until it is answered: a full report that overtook the report
+	// of a newer workload would say that it is gone. Taken before mu.
+	reporting sync.Mutex
+
 	mu        sync.Mutex
+	ended     []string             // instances whose end the server has not heard; guarded by mu
 	workloads map[string]*workload // by instance; guarded by mu
 	byCgroup  map[string]*workload // by cgroup path; guarded by mu
 	released  *Release             // guarded by mu

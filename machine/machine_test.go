@@ -39,6 +39,8 @@ type server struct {
 	wrong bool // sign for another identity than the assigned
 	ttl   time.Duration
 	gone  []string
+	busy  int  // reports being answered
+	mixed bool // two were at once
 	signs int
 	ca    *x509.Certificate
 	key   *ecdsa.PrivateKey
@@ -78,7 +80,13 @@ func idOf(service string) identity.ID {
 
 func (s *server) Report(_ context.Context, r fleet.Report) ([]fleet.Assigned, error) {
 	s.mu.Lock()
+	s.busy++
+	s.mixed = s.mixed || s.busy > 1
+	s.mu.Unlock()
+	time.Sleep(time.Millisecond)
+	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.busy--
 	if s.away {
 		return nil, errAway
 	}
@@ -614,4 +622,66 @@ func TestACgroupMadeAnewIsAnotherWorkload(t *testing.T) {
 	}
 	_ = other.Process.Kill()
 	_, _ = other.Process.Wait()
+}
+
+// A full report drawn up before a workload was there must not arrive after the workload's own: it would end it.
+func TestReportsDoNotOvertakeOneAnother(t *testing.T) {
+	w := newWorld(t)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.Run(ctx) }()
+	type prepared struct {
+		instance string
+		pid      int
+	}
+	var all []prepared
+	for range 8 {
+		p, err := w.Prepare(ctx, machine.Registration{Service: "orders", UID: 65001, GID: 65001})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = w.Ended(context.Background(), p.Instance) })
+		all = append(all, prepared{p.Instance, w.spawn(t, p.Cgroup).Process.Pid})
+	}
+	var wg sync.WaitGroup
+	for _, p := range all {
+		wg.Go(func() {
+			if got, err := w.Started(ctx, p.instance, p.pid); err != nil || got.ID != idOf("orders") {
+				t.Errorf("%+v, %v", got, err)
+			}
+		})
+	}
+	wg.Wait()
+	stop()
+	<-done
+	w.server.set(func(s *server) {
+		if s.mixed {
+			t.Error("two reports were on their way at once")
+		}
+	})
+}
+
+// What ends while the server is away is told when it is back.
+func TestEndsAreToldOnceTheServerIsBack(t *testing.T) {
+	w := newWorld(t)
+	started, _ := w.start(t, "orders")
+	w.server.set(func(s *server) { s.away = true })
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.Run(ctx) }()
+	if err := w.Ended(ctx, started.Instance); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	w.server.set(func(s *server) { s.away = false })
+	deadline := time.Now().Add(5 * time.Second)
+	for told := false; !told; {
+		w.server.set(func(s *server) { told = len(s.gone) == 1 && s.gone[0] == started.Instance })
+		if time.Now().After(deadline) {
+			t.Fatal("the server was never told")
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	stop()
+	<-done
 }

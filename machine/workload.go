@@ -271,6 +271,7 @@ func (m *Machine) remove(_ context.Context, w *workload) {
 		m.mu.Unlock()
 		return
 	}
+	last := m.copyLocked(w) // who it was, for the record
 	delete(m.workloads, w.Instance)
 	delete(m.byCgroup, w.Cgroup)
 	w.svid, w.ID = nil, identity.ID{}
@@ -288,8 +289,11 @@ func (m *Machine) remove(_ context.Context, w *workload) {
 	if ours && w.How == ByRun {
 		m.removeCgroup(w.Cgroup)
 	}
-	m.emit(w, "workload.ended")
-	m.gone(w.Instance)
+	m.tell(last, "workload.ended")
+	m.mu.Lock()
+	m.ended = append(m.ended, w.Instance)
+	m.mu.Unlock()
+	m.wake()
 }
 
 // Workloads returns what is here, oldest first.
@@ -360,8 +364,9 @@ func (m *Machine) copyLocked(w *workload) Workload {
 	return c
 }
 
-func (m *Machine) emit(w *workload, kind string) {
-	c := m.snapshot(w)
+func (m *Machine) emit(w *workload, kind string) { m.tell(m.snapshot(w), kind) }
+
+func (m *Machine) tell(c Workload, kind string) {
 	e := event.New(event.Runtime, kind)
 	e.Machine, e.Workload, e.Identity, e.PID = m.cfg.ID, c.Instance, c.ID, c.PID
 	e.Attrs = map[string]any{"service": c.Service, "how": string(c.How), "cgroup": c.Cgroup, "privileged": c.Privileged}
