@@ -143,6 +143,19 @@ func TestKilledAgentKnowsItsWorkloadsAgain(t *testing.T) {
 	})
 	findKey(t, d, key)
 	findKey(t, d, orders.key(t))
+
+	// What an agent that is gone for good leaves behind is removed by one command, which an agent that runs refuses.
+	r := tryStart(t, m1.args("--cleanup")...)
+	if r.ready != nil || r.code() != 1 {
+		t.Error("it was cleaned up under a running agent")
+	}
+	contains(t, "cleanup under a running agent", r.log.String(), "another Redoubt process")
+	m1.role.kill()
+	orders.end()
+	contains(t, "cleanup", must(t, m1.args("--cleanup")...), orders.instance)
+	if _, err := os.Stat(filepath.Join(unified(t), orders.cgroup)); err == nil {
+		t.Error("the workload's cgroup is still there")
+	}
 }
 
 func lineWith(text, part string) string {

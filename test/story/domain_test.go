@@ -99,10 +99,7 @@ func (d *domain) machine(t testing.TB, name string, more ...string) *node {
 		domain: d, machine: name, data: filepath.Join(d.dir, fmt.Sprintf("%s-%d", name, d.agents)),
 		socket: filepath.Join(d.dir, fmt.Sprintf("w%d.sock", d.agents)), cgroups: fmt.Sprintf("%s/%s-%d", program.cgroups, filepath.Base(d.dir), d.agents),
 	}
-	root, err := unifiedRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := unified(t)
 	if err := os.MkdirAll(filepath.Join(root, a.cgroups), 0o755); err != nil { //nolint:gosec // as cgroups are
 		t.Fatal(err)
 	}

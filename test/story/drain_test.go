@@ -5,7 +5,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -100,6 +102,7 @@ func TestDevIsOneCommand(t *testing.T) {
 	needRoot(t)
 	dir := t.TempDir()
 	r := start(t, "dev", "--data", dir)
+	t.Cleanup(func() { _ = os.Remove(filepath.Dir(strings.TrimPrefix(r.text("workload_api"), "unix://"))) })
 	for _, key := range []string{"api", "workload_api", "metrics", "data"} {
 		if r.text(key) == "" {
 			t.Errorf("the ready line has no %s: %v", key, r.ready)

@@ -34,10 +34,7 @@ func TestEnrollAdoptsWhatRuns(t *testing.T) {
 	t.Parallel()
 	d := found(t)
 	m1 := d.join(t, "m1")
-	root, err := unifiedRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := unified(t)
 	nobody := func() *syscall.SysProcAttr {
 		return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	}

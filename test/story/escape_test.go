@@ -27,10 +27,7 @@ func TestEscapeInBothForms(t *testing.T) {
 	t.Parallel()
 	d := found(t)
 	m1 := d.join(t, "m1")
-	root, err := unifiedRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := unified(t)
 	escape := "echo 0 > " + filepath.Join(root, "cgroup.procs")
 	where := func(w *workload) string { t.Helper(); return cgroupOf(t, w.pid) }
 

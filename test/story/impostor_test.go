@@ -30,10 +30,7 @@ import (
 // inCgroup runs `redoubt identity fetch` in a cgroup that we choose, as root of the machine could, and as a user.
 func inCgroup(t testing.TB, a *node, cgroup string, uid uint32) (fetched, string) {
 	t.Helper()
-	root, err := unifiedRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := unified(t)
 	dir, err := os.Open(filepath.Join(root, cgroup))
 	if err != nil {
 		t.Fatal(err)
@@ -65,10 +62,7 @@ func TestImpostorGetsNobodysIdentity(t *testing.T) {
 	orders, web := m1.shell(t, "orders"), m1.shell(t, "web")
 	orders.fetch(t)
 	own := web.fetch(t)
-	root, err := unifiedRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := unified(t)
 
 	t.Run("by name", func(t *testing.T) {
 		before := counter(t, m1.role, "workloadapi_impostor")

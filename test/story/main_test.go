@@ -41,8 +41,10 @@ func run(m *testing.M) int {
 		go starting()
 	}
 	code := m.Run()
-	if root, err := unifiedRoot(); err == nil && program.cgroups != "" {
-		removeCgroups(filepath.Join(root, program.cgroups))
+	if program.cgroups != "" {
+		for _, root := range hierarchies() {
+			removeCgroups(filepath.Join(root, program.cgroups))
+		}
 	}
 	return code
 }
@@ -121,8 +123,35 @@ func unifiedRoot() (string, error) {
 	return "", errors.New("no cgroup v2 hierarchy is mounted")
 }
 
+func unified(t testing.TB) string {
+	t.Helper()
+	root, err := unifiedRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+// hierarchies are the mounts of cgroups of either version: a container engine makes its cgroups in all of them.
+func hierarchies() (mounts []string) {
+	raw, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(raw)) {
+		before, after, _ := strings.Cut(line, " - ")
+		if fields := strings.Fields(before); strings.HasPrefix(after, "cgroup") && len(fields) > 4 && strings.HasPrefix(fields[4], "/sys/") {
+			mounts = append(mounts, fields[4])
+		}
+	}
+	return mounts
+}
+
 // removeCgroups ends what still runs in a subtree of ours and removes it.
 func removeCgroups(top string) {
+	if _, err := os.Stat(top); err != nil {
+		return
+	}
 	_ = os.WriteFile(filepath.Join(top, "cgroup.kill"), []byte("1"), 0)
 	for range 100 {
 		var dirs []string
