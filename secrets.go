@@ -89,6 +89,12 @@ func loadCredential(dir string) (secret, hash string, err error) {
 	if err != nil {
 		return "", "", err
 	}
+	if !strings.HasPrefix(o.Credential, "ro1.") || len(o.Credential) != 47 {
+		return "", "", &refusal.Error{
+			Kind: refusal.Invalid, Code: "bad-operator", What: "operator credential in " + filepath.Join(dir, OperatorFile),
+			Why: "it is damaged, and nobody could administer this server with it", Do: "delete the file, and start again: another is made",
+		}
+	}
 	return o.Credential, api.HashCredential(o.Credential), nil
 }
 
@@ -212,7 +218,8 @@ func (c *serverCertificate) rename(ctx context.Context, names []string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.names, c.current = names, cert
-	c.renewAt = time.Now().Add(time.Until(chain[0].NotAfter) / 2)
+	// Without its monotonic reading the time is that of the wall, which goes on while the machine sleeps.
+	c.renewAt = time.Now().Add(time.Until(chain[0].NotAfter) / 2).Round(0)
 	return nil
 }
 
@@ -222,16 +229,22 @@ func (c *serverCertificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) 
 	return c.current, nil
 }
 
+const certificateNap = 15 * time.Second
+
 // run renews until ctx ends.
 func (c *serverCertificate) run(ctx context.Context, log *slog.Logger) error {
 	for {
-		c.mu.Lock()
-		wait, names := time.Until(c.renewAt), c.names
-		c.mu.Unlock()
+		// Timers stand still while a machine sleeps, and clocks are set: no nap is long.
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(max(wait, time.Second)):
+		case <-time.After(certificateNap):
+		}
+		c.mu.Lock()
+		due, names := !time.Now().Round(0).Before(c.renewAt), c.names
+		c.mu.Unlock()
+		if !due {
+			continue
 		}
 		if err := c.rename(ctx, names); err != nil && ctx.Err() == nil {
 			log.Error("the server's certificate was not renewed; it will be tried again", "error", err)

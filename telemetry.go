@@ -166,7 +166,10 @@ var metricName = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
 
 // Count implements event.Meter: redoubt_<name>_total. A counter's label names are those of its first use.
 func (t *Telemetry) Count(name string, n int64, labels ...string) {
-	if n <= 0 || len(labels)%2 != 0 || !metricName.MatchString(name) {
+	if n == 0 {
+		return // nothing happened
+	}
+	if n < 0 || len(labels)%2 != 0 || !metricName.MatchString(name) {
 		t.dropped.Inc()
 		return
 	}

@@ -26,7 +26,7 @@ type cachedJWT struct {
 // renewDue has every SVID signed that is missing or past its half-life, a few at a time.
 func (m *Machine) renewDue(ctx context.Context) {
 	m.mu.Lock()
-	now := time.Now()
+	now := time.Now().Round(0)
 	var due []*workload
 	for _, w := range m.workloads {
 		if !w.ID.IsZero() && !now.Before(w.renewAt) {
@@ -115,7 +115,8 @@ func halfLife(from, to time.Time) time.Time {
 		from = now
 	}
 	life := to.Sub(from)
-	return from.Add(time.Duration(float64(life) * (0.45 + 0.1*mathrand.Float64()))) //nolint:gosec // jitter is no secret
+	// Round drops the monotonic reading: the clock that counts is the wall's, which goes on while the machine sleeps.
+	return from.Add(time.Duration(float64(life) * (0.45 + 0.1*mathrand.Float64()))).Round(0) //nolint:gosec // jitter is no secret
 }
 
 // backoff is how long to wait after n failures: from one second up to one minute, with full jitter above half a second.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -13,7 +14,7 @@ import (
 	"github.com/redoubtsec/redoubt"
 	"github.com/redoubtsec/redoubt/api/client"
 	"github.com/redoubtsec/redoubt/audit"
-	"github.com/redoubtsec/redoubt/refusal"
+	"github.com/redoubtsec/redoubt/store/backup"
 )
 
 func (c *cli) auditVerb() *cobra.Command {
@@ -109,11 +110,9 @@ func (c *cli) backupVerb() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			f, err := createPrivate(to)
 			if err != nil {
-				return &refusal.Error{
-					Kind: refusal.Conflict, Code: "backup-file", What: "write the back-up to " + to, Why: err.Error(), Do: "name a file that does not exist yet", Err: err,
-				}
+				return err
 			}
 			defer func() {
 				err = errors.Join(err, f.Close())
@@ -128,7 +127,10 @@ func (c *cli) backupVerb() *cobra.Command {
 			if err := f.Sync(); err != nil {
 				return err
 			}
-			return c.show(m, func(w io.Writer) { _, _ = fmt.Fprintf(w, "backed up %d files to %s\n", len(m.Files), to) })
+			return c.show(m, func(w io.Writer) {
+				_, _ = fmt.Fprintf(w, "backed up %d files to %s\n", len(m.Files), to)
+				sayIfKeyless(w, m)
+			})
 		},
 	}
 	cmd.Flags().StringVar(&to, "to", "", "file to write; it must not exist (required)")
@@ -136,6 +138,13 @@ func (c *cli) backupVerb() *cobra.Command {
 	_ = cmd.MarkFlagRequired("to")
 	_ = cmd.MarkFlagRequired("passphrase-file")
 	return cmd
+}
+
+// sayIfKeyless warns of an archive without the key that its authority is sealed with.
+func sayIfKeyless(w io.Writer, m backup.Manifest) {
+	if !slices.ContainsFunc(m.Files, func(e backup.Entry) bool { return e.Name == redoubt.KEKName }) {
+		_, _ = fmt.Fprintln(w, "the key-encryption key is not in it (authority.kek_file keeps it elsewhere): without that file it is of no use")
+	}
 }
 
 func (c *cli) restoreVerb() *cobra.Command {
@@ -160,6 +169,8 @@ func (c *cli) restoreVerb() *cobra.Command {
 			}
 			return c.show(m, func(w io.Writer) {
 				_, _ = fmt.Fprintf(w, "restored %d files of %s into %s; its audit log verifies\n", len(m.Files), when(m.Created), c.dir())
+				_, _ = fmt.Fprintln(w, "what happened since is forgotten: join tokens were deleted; make revocations of that time again")
+				sayIfKeyless(w, m)
 			})
 		},
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/redoubtsec/redoubt/api/client"
 	"github.com/redoubtsec/redoubt/identity/ca"
+	"github.com/redoubtsec/redoubt/refusal"
 )
 
 func (c *cli) tokenVerb() *cobra.Command {
@@ -27,13 +28,25 @@ func (c *cli) tokenVerb() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.withAPI(func(api *client.Client) error {
+			return c.withAPI(func(api *client.Client) (err error) {
+				var secretFile *os.File
+				if file != "" {
+					// Before the token is made, and never into a file that is there: it might be readable for others.
+					if secretFile, err = createPrivate(file); err != nil {
+						return err
+					}
+					defer func() {
+						if err = errors.Join(err, secretFile.Close()); err != nil {
+							_ = os.Remove(file)
+						}
+					}()
+				}
 				t, err := api.CreateToken(cmd.Context(), client.TokenRequest{Machine: machine, ExpiresIn: d, Replace: replace})
 				if err != nil {
 					return err
 				}
-				if file != "" {
-					if err := os.WriteFile(file, []byte(t.Secret+"\n"), 0o600); err != nil {
+				if secretFile != nil {
+					if _, err := secretFile.WriteString(t.Secret + "\n"); err != nil {
 						return err
 					}
 					t.Secret = ""
@@ -51,7 +64,7 @@ func (c *cli) tokenVerb() *cobra.Command {
 	create.Flags().StringVar(&machine, "machine", "", "id of the machine that may join with it (required)")
 	create.Flags().StringVar(&ttl, "ttl", "", "how long it may be used (default 1h)")
 	create.Flags().BoolVar(&replace, "replace", false, "it may take the place of a machine of that id")
-	create.Flags().StringVar(&file, "write", "", "write the token to this file, 0600, instead of printing it")
+	create.Flags().StringVar(&file, "write", "", "write the token to this file, which must not exist, 0600, instead of printing it")
 	_ = create.MarkFlagRequired("machine")
 	cmd.AddCommand(create, &cobra.Command{
 		Use:   "delete ID",
@@ -62,6 +75,17 @@ func (c *cli) tokenVerb() *cobra.Command {
 		},
 	})
 	return cmd
+}
+
+// createPrivate makes a file that only its owner reads; one that is there, be it a link, is refused.
+func createPrivate(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, &refusal.Error{
+			Kind: refusal.Conflict, Code: "file-exists", What: "write " + name, Why: err.Error(), Do: "name a file that does not exist yet", Err: err,
+		}
+	}
+	return f, nil
 }
 
 func (c *cli) authorityVerb() *cobra.Command {

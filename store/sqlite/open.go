@@ -45,7 +45,10 @@ var migrations embed.FS
 // Config is what a [Store] is made of.
 type Config struct {
 	// Path of the database; the directory must be there. The caller holds the directory's lock ([LockDir]).
-	Path   string
+	Path string
+	// AsIs refuses a database of an older schema rather than migrate it, for those who only look: a back-up is taken while
+	// an older server may be using it.
+	AsIs   bool
 	Meter  event.Meter
 	Logger *slog.Logger
 }
@@ -66,7 +69,7 @@ type Store struct {
 
 // Open opens the database, and makes it (0600) if there is none. Schema migrations run here.
 //
-// Errors: [ErrNotSQLite], [ErrForeign], [ErrCorrupt], [ErrNewer], [ErrMissing]: the file is then left as it is.
+// Errors: [ErrNotSQLite], [ErrForeign], [ErrCorrupt], [ErrNewer], [ErrOlder], [ErrMissing]: the file is then left as it is.
 // [ErrDiskFull].
 func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if cfg.Path == "" {
@@ -94,7 +97,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 			return nil, err
 		}
 	}
-	if err := s.connect(ctx, fresh); err != nil {
+	if err := s.connect(ctx, fresh, cfg.AsIs); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
@@ -217,7 +220,7 @@ func latestMigration() int64 {
 	return latest
 }
 
-func (s *Store) connect(ctx context.Context, fresh bool) (err error) {
+func (s *Store) connect(ctx context.Context, fresh, asIs bool) (err error) {
 	// synchronous=FULL: a commit has been synced when it returns; NORMAL would lose the last ones with the power.
 	writing := []string{"synchronous(FULL)", "foreign_keys(1)", "trusted_schema(0)"}
 	s.writer, err = sql.Open("sqlite", s.dsn(url.Values{"_txlock": {"immediate"}}, writing...))
@@ -245,6 +248,16 @@ func (s *Store) connect(ctx context.Context, fresh bool) (err error) {
 	provider, err := goose.NewProvider(goose.DialectSQLite3, s.writer, root, goose.WithDisableGlobalRegistry(true))
 	if err != nil {
 		return fmt.Errorf("migrate database: %w", err)
+	}
+	if asIs && !fresh {
+		pending, err := provider.HasPending(ctx)
+		if err != nil {
+			return fmt.Errorf("migrate database: %w", s.fault(err))
+		}
+		if pending {
+			return openRefusal(ErrOlder, refusal.Conflict, s.path, "it is of an older version of Redoubt, and must not be migrated by this command",
+				"use the redoubt of the server's own version")
+		}
 	}
 	if _, err := provider.Up(ctx); err != nil {
 		return fmt.Errorf("migrate database: %w", s.fault(err))

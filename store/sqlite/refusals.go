@@ -22,6 +22,7 @@ var (
 	ErrForeign   = &refusal.Error{Code: "database-foreign"}    // it is another program's database
 	ErrCorrupt   = &refusal.Error{Code: "database-corrupt"}    // it is damaged
 	ErrNewer     = &refusal.Error{Code: "database-newer"}      // a later Redoubt wrote it
+	ErrOlder     = &refusal.Error{Code: "database-older"}      // an earlier Redoubt wrote it, and it may not be migrated now
 	ErrMissing   = &refusal.Error{Code: "database-missing"}    // its write-ahead log is there, itself is not
 	ErrLocked    = &refusal.Error{Code: "data-dir-locked"}     // another process works in the data directory
 
