@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/redoubtsec/redoubt/api/local"
 	"github.com/redoubtsec/redoubt/machine"
 	"github.com/redoubtsec/redoubt/policy"
 )
@@ -220,4 +221,52 @@ func der(t testing.TB, key string) string {
 		t.Fatal(err)
 	}
 	return string(secret)
+}
+
+// A server that keeps dying in the middle gets every event, once.
+func TestEventsArriveOnceThoughTheServerKeepsDying(t *testing.T) {
+	t.Parallel()
+	d := found(t)
+	m1 := d.join(t, "m1")
+	m1.connected(t)
+	door := local.NewClient(filepath.Join(m1.data, "agent.sock"))
+	defer door.Close()
+	var made []policy.ID
+	decide := func(n int) {
+		t.Helper()
+		for range n {
+			got, err := door.Decide(t.Context(), policy.Request{
+				Principal: policy.Entity{UID: policy.UID{Type: "Workload", ID: "w"}}, Action: policy.Action("Net", "connect"),
+				Resource: policy.Entity{UID: policy.UID{Type: "Service", ID: "payments"}},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			made = append(made, got.Decision.ID)
+		}
+	}
+	for range 3 {
+		decide(300) // the last of them are on their way when it dies
+		d.server.kill()
+		decide(20)
+		d.start(t)
+		m1.connected(t)
+	}
+	decide(20)
+	var told map[policy.ID]int
+	eventually(t, 60*time.Second, "every event arrives", func() (bool, string) {
+		told = d.told(t)
+		missing := 0
+		for _, id := range made {
+			if told[id] == 0 {
+				missing++
+			}
+		}
+		return missing == 0, fmt.Sprintf("%d of %d are missing", missing, len(made))
+	})
+	for id, n := range told {
+		if n != 1 {
+			t.Errorf("decision %s was told %d times", id, n)
+		}
+	}
 }
