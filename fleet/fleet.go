@@ -125,8 +125,11 @@ type Fleet struct {
 	isolate withdrawals[Quarantine]
 	accused map[string]time.Time // machine → when an overreach of it was last put into the audit log
 	shot    *Snapshot            // the last one taken
+	due     map[subject]string   // whose workloads must follow a withdrawal → the instance after which to go on
 
-	shoot sync.Mutex // one snapshot is taken at a time
+	shoot    sync.Mutex    // one snapshot is taken at a time
+	hurry    chan struct{} // something became due
+	catching chan struct{} // held while what is due is done
 }
 
 // member is what is needed to believe a machine, without asking the store.
@@ -170,6 +173,7 @@ func Open(ctx context.Context, cfg Config) (*Fleet, error) {
 	f := &Fleet{
 		cfg: cfg, meter: cfg.Meter, log: cfg.Logger, emit: make(chan event.Event, emitQueue),
 		changed: make(chan struct{}), told: make(chan struct{}), accused: map[string]time.Time{},
+		due: map[subject]string{}, hurry: make(chan struct{}, 1), catching: make(chan struct{}, 1),
 	}
 	if err := f.load(ctx); err != nil {
 		return nil, fmt.Errorf("open fleet: %w", err)
@@ -223,7 +227,15 @@ func (f *Fleet) load(ctx context.Context) error {
 			members[id] = m
 		}
 	}
+	if f.stale { // what was committed is known now, what it made due is not
+		f.mark(everything)
+	}
 	f.members, f.revoked, f.isolate, f.current = members, revoked, isolate, current
+	for of := range revoked.of {
+		if of.machine != "" {
+			f.mark(of)
+		}
+	}
 	f.tail = tail{floor: latest, latest: latest}
 	f.shot, f.stale = nil, false
 	f.wake()

@@ -18,7 +18,7 @@ import (
 // one, in the order of r.Present. Facts that only the server may state are taken out and counted. A workload that cannot
 // be accepted (a bad name, too many facts, another machine's) is refused by itself; the others go on.
 //
-// The caller has authenticated the machine. Errors: [ErrReport] of a report that is too large.
+// The caller has authenticated the machine. Errors: [ErrReport] of a report that is too large; [ErrMachineRevoked].
 func (f *Fleet) Report(ctx context.Context, machine string, r Report) ([]Assigned, error) {
 	if len(r.Present)+len(r.Gone) > 2*f.cfg.MaxWorkloads {
 		f.meter.Count("fleet_reports_refused", 1, "code", ErrReport.Code)
@@ -27,6 +27,9 @@ func (f *Fleet) Report(ctx context.Context, machine string, r Report) ([]Assigne
 	}
 	var out []Assigned
 	err := f.update(ctx, func(u *unit) error {
+		if f.expelled(machine) { // since the door looked
+			return machineRevoked(machine, "it was revoked")
+		}
 		out = make([]Assigned, 0, len(r.Present))
 		named := make(map[string]bool, len(r.Present))
 		for _, o := range r.Present {
@@ -126,7 +129,10 @@ func (f *Fleet) room(ctx context.Context, u *unit, machine string) (*refusal.Err
 		return nil, err
 	}
 	freed, err := u.Workloads.DeleteGone(ctx, machine, f.now().Add(1), n-f.cfg.MaxWorkloads+1)
-	if err != nil || n-freed < f.cfg.MaxWorkloads {
+	if err != nil {
+		return nil, err
+	}
+	if err := f.forget(ctx, u, freed); err != nil || n-len(freed) < f.cfg.MaxWorkloads {
 		return nil, err
 	}
 	return exhausted(ErrWorkloads, "workload of machine "+machine, f.cfg.MaxWorkloads, "end some, or raise the server's limit of workloads per machine"), nil

@@ -17,12 +17,13 @@ const (
 )
 
 // Run follows the authority and the policy set (publishing what is new, re-evaluating every workload when the issuance
-// rules may have changed), stores emitted events, and keeps retention, until ctx ends. It returns nil then.
+// rules may have changed, and those that a withdrawal is about), stores emitted events, and keeps retention, until ctx ends. It returns nil then.
 func (f *Fleet) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { f.drain(ctx) })
 	wg.Go(func() { f.followAuthority(ctx) })
 	wg.Go(func() { f.followRules(ctx) })
+	wg.Go(func() { f.keepUp(ctx) })
 	wg.Go(func() { f.keepHouse(ctx) })
 	wg.Wait()
 	return nil
@@ -216,10 +217,19 @@ func (f *Fleet) touch(ctx context.Context, now time.Time) error {
 func (f *Fleet) expire(ctx context.Context, now time.Time) error {
 	over := func(at time.Time) bool { return !at.IsZero() && !now.Before(at) }
 	var revocations, quarantines []string
+	freed := map[string]bool{} // machines that may have no revocation left
 	f.mu.Lock()
 	for id, r := range f.revoked.byID {
 		if over(r.Expires) {
 			revocations = append(revocations, id)
+			if r.Machine != "" {
+				freed[r.Machine] = true
+			}
+		}
+	}
+	for id, m := range f.members {
+		if m.state == MachineRevoked && len(f.revoked.of[subject{machine: id}]) == 0 {
+			freed[id] = true
 		}
 	}
 	for id, q := range f.isolate.byID {
@@ -228,10 +238,15 @@ func (f *Fleet) expire(ctx context.Context, now time.Time) error {
 		}
 	}
 	f.mu.Unlock()
-	if len(revocations)+len(quarantines) == 0 {
+	if len(revocations)+len(quarantines)+len(freed) == 0 {
 		return nil
 	}
-	return f.update(ctx, func(u *unit) error {
+	err := f.update(ctx, func(u *unit) error {
+		for machine := range freed {
+			if err := f.readmit(ctx, u, machine, revocations); err != nil {
+				return err
+			}
+		}
 		for _, id := range revocations {
 			if err := u.Revocations.DeleteRevocation(ctx, id); err != nil && !errors.Is(err, ErrNotFound) {
 				return err
@@ -242,19 +257,27 @@ func (f *Fleet) expire(ctx context.Context, now time.Time) error {
 			u.then = append(u.then, func() { f.revoked.remove(id) })
 		}
 		for _, id := range quarantines {
-			if err := f.unisolate(ctx, u, id); err != nil {
+			if err := f.unisolate(ctx, u, id); err != nil && !errors.Is(err, ErrUnknown) { // just released
 				return err
 			}
 		}
 		return nil
 	})
+	if err == nil && len(quarantines) > 0 {
+		f.follow(ctx)
+	}
+	return err
 }
 
 // prune deletes workloads long gone, tokens long used, changes long superseded, and events beyond those kept.
 func (f *Fleet) prune(ctx context.Context, now time.Time) error {
-	var workloads, tokens, changes, events int
+	var tokens, changes, events int
+	var workloads []string
 	err := f.update(ctx, func(u *unit) (err error) {
 		if workloads, err = u.Workloads.DeleteGone(ctx, "", now.Add(-f.cfg.KeepGone), sweepLimit); err != nil {
+			return err
+		}
+		if err := f.forget(ctx, u, workloads); err != nil {
 			return err
 		}
 		if tokens, err = u.Tokens.DeleteTokens(ctx, now.Add(-f.cfg.KeepTokens), sweepLimit); err != nil {
@@ -275,7 +298,7 @@ func (f *Fleet) prune(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	f.meter.Count("fleet_pruned", int64(workloads), "kind", "workload")
+	f.meter.Count("fleet_pruned", int64(len(workloads)), "kind", "workload")
 	f.meter.Count("fleet_pruned", int64(tokens), "kind", "token")
 	f.meter.Count("fleet_pruned", int64(changes), "kind", "change")
 	f.meter.Count("fleet_events_trimmed", int64(events))

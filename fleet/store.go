@@ -82,8 +82,8 @@ type WorkloadStore interface {
 	// CountWorkloads counts those of a machine ("" is all machines), whatever their state.
 	CountWorkloads(ctx context.Context, machine string) (int, error)
 	// DeleteGone deletes at most limit workloads of state gone that were last seen before the time given, of one machine
-	// or, with "", of all, the longest gone first, and says how many.
-	DeleteGone(ctx context.Context, machine string, before time.Time, limit int) (int, error)
+	// or, with "", of all, the longest gone first, and returns their instances, in no order.
+	DeleteGone(ctx context.Context, machine string, before time.Time, limit int) ([]string, error)
 }
 
 // RevocationStore keeps revocations. Lists are in order of id, after the id given; limit > 0.

@@ -15,8 +15,8 @@ import (
 )
 
 // Revoke withdraws trust from the identity, machine or key that r names: nothing is signed for it and, of a machine, no
-// call answered, from when this returns; agents are pushed the revocation. A revoked machine's workloads are gone. ID,
-// Created and Author are filled in. Errors: [ErrWithdrawal], [ErrWithdrawals]; [ErrUnknown] of a machine that never joined.
+// call answered, from when it is committed; agents are pushed the revocation. A revoked machine's workloads are gone: at
+// once or, if there are too many, soon after this returns. ID, Created and Author are filled in. Errors: [ErrWithdrawal], [ErrWithdrawals]; [ErrUnknown] of a machine that never joined.
 func (f *Fleet) Revoke(ctx context.Context, r Revocation, rec event.Record) (Revocation, error) {
 	now := f.now()
 	r.ID, r.Created, r.Author = identity.Unique("v"), now, rec.Actor
@@ -51,6 +51,9 @@ func (f *Fleet) Revoke(ctx context.Context, r Revocation, rec event.Record) (Rev
 		return Revocation{}, err
 	}
 	f.meter.Count("fleet_revocations", 1)
+	if r.Machine != "" {
+		f.follow(ctx)
+	}
 	return r, nil
 }
 
@@ -69,7 +72,7 @@ func (f *Fleet) RevokeMachine(ctx context.Context, machine, reason string, rec e
 	return f.Revoke(ctx, Revocation{Machine: machine, Reason: reason}, rec)
 }
 
-// expel takes a machine out: it is revoked, and its workloads are gone.
+// expel takes a machine out: it is revoked, and the end of its workloads is due.
 func (f *Fleet) expel(ctx context.Context, u *unit, r Revocation) error {
 	m, err := u.Machines.Machine(ctx, r.Machine)
 	if errors.Is(err, ErrNotFound) {
@@ -86,7 +89,8 @@ func (f *Fleet) expel(ctx context.Context, u *unit, r Revocation) error {
 		}
 		u.then = append(u.then, func() { f.members[m.ID] = memberOf(m) })
 	}
-	return f.endWorkloads(ctx, u, m.ID)
+	u.then = append(u.then, func() { f.mark(subject{machine: m.ID}) })
+	return nil
 }
 
 // Lift ends a revocation. A machine that was revoked for good may speak again with the key that it has, if no other
@@ -95,7 +99,6 @@ func (f *Fleet) Lift(ctx context.Context, id string, rec event.Record) error {
 	return f.update(ctx, func(u *unit) error {
 		f.mu.Lock()
 		r, ok := f.revoked.byID[id]
-		others := len(f.revoked.of[subject{machine: r.Machine}]) - 1
 		f.mu.Unlock()
 		if !ok {
 			return unknown("revocation", "list those in force with redoubt get revocations")
@@ -103,17 +106,9 @@ func (f *Fleet) Lift(ctx context.Context, id string, rec event.Record) error {
 		if err := u.Revocations.DeleteRevocation(ctx, id); err != nil {
 			return err
 		}
-		if r.Machine != "" && others == 0 {
-			m, err := u.Machines.Machine(ctx, r.Machine)
-			if err != nil && !errors.Is(err, ErrNotFound) {
+		if r.Machine != "" {
+			if err := f.readmit(ctx, u, r.Machine, []string{id}); err != nil {
 				return err
-			}
-			if err == nil && m.State == MachineRevoked {
-				m.State = MachineJoined
-				if err := u.Machines.PutMachine(ctx, m); err != nil {
-					return err
-				}
-				u.then = append(u.then, func() { f.members[m.ID] = memberOf(m) })
 			}
 		}
 		u.then = append(u.then, func() { f.revoked.remove(id) })
@@ -135,7 +130,8 @@ func (f *Fleet) Revocations(ctx context.Context, after string, limit int) ([]Rev
 }
 
 // Quarantine marks an identity or an instance: its workloads, those to come included, have the fact risk.quarantined from
-// the server until it is lifted or ends, and agents are pushed that. ID, Created and Author are filled in.
+// the server until it is lifted or ends, and agents are pushed that: at once or, if they are too many, soon after this
+// returns. ID, Created and Author are filled in.
 // Errors: [ErrWithdrawal], [ErrWithdrawals]; [ErrUnknown] of an instance that is not known.
 func (f *Fleet) Quarantine(ctx context.Context, q Quarantine, rec event.Record) (Quarantine, error) {
 	now := f.now()
@@ -166,25 +162,35 @@ func (f *Fleet) Quarantine(ctx context.Context, q Quarantine, rec event.Record) 
 		if err := u.Audit.PutRecord(ctx, rec); err != nil {
 			return err
 		}
-		return f.isolated(ctx, u, q, func() { f.isolate.put(q) })
+		u.then = append(u.then, func() {
+			f.isolate.put(q)
+			f.mark(subject{identity: q.Identity, instance: q.Instance})
+		})
+		return nil
 	})
 	if err != nil {
 		return Quarantine{}, err
 	}
 	f.meter.Count("fleet_quarantines", 1)
+	f.follow(ctx)
 	return q, nil
 }
 
-// Release lifts a quarantine. Errors: [ErrUnknown].
+// Release lifts a quarantine; workloads follow as after [Fleet.Quarantine]. Errors: [ErrUnknown].
 func (f *Fleet) Release(ctx context.Context, id string, rec event.Record) error {
-	return f.update(ctx, func(u *unit) error {
+	err := f.update(ctx, func(u *unit) error {
 		if err := f.unisolate(ctx, u, id); err != nil {
 			return err
 		}
 		return u.Audit.PutRecord(ctx, rec)
 	})
+	if err == nil {
+		f.follow(ctx)
+	}
+	return err
 }
 
+// unisolate ends a quarantine; that the workloads follow is due then.
 func (f *Fleet) unisolate(ctx context.Context, u *unit, id string) error {
 	f.mu.Lock()
 	q, ok := f.isolate.byID[id]
@@ -195,53 +201,11 @@ func (f *Fleet) unisolate(ctx context.Context, u *unit, id string) error {
 	if err := u.Quarantines.DeleteQuarantine(ctx, id); err != nil {
 		return err
 	}
-	return f.isolated(ctx, u, q, func() { f.isolate.remove(id) })
-}
-
-// isolated re-evaluates the workloads that q names, as if apply had been done already; it is done for good after the commit.
-func (f *Fleet) isolated(ctx context.Context, u *unit, q Quarantine, apply func()) error {
-	f.mu.Lock()
-	was, had := f.isolate.byID[q.ID]
-	apply()
-	f.mu.Unlock()
-	// Evaluation reads the cache, which must not run ahead of the commit: put it back until then.
-	defer func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		if had {
-			f.isolate.put(was)
-		} else {
-			f.isolate.remove(q.ID)
-		}
-	}()
-	u.then = append(u.then, apply)
-	query := WorkloadQuery{State: WorkloadPresent, Limit: MaxPage}
-	if q.Instance != "" {
-		w, err := u.Workloads.Workload(ctx, q.Instance)
-		if errors.Is(err, ErrNotFound) || err == nil && w.State != WorkloadPresent {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		return f.reevaluate(ctx, u, w)
-	}
-	query.ID = q.Identity.String()
-	for {
-		page, err := u.Workloads.Workloads(ctx, query)
-		if err != nil {
-			return err
-		}
-		for _, w := range page {
-			if err := f.reevaluate(ctx, u, w); err != nil {
-				return err
-			}
-		}
-		if len(page) < query.Limit {
-			return nil
-		}
-		query.After = page[len(page)-1].Instance
-	}
+	u.then = append(u.then, func() {
+		f.isolate.remove(id)
+		f.mark(subject{identity: q.Identity, instance: q.Instance})
+	})
+	return nil
 }
 
 // Quarantines lists them in order of id, after the id given.

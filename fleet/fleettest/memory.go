@@ -228,20 +228,20 @@ func (t *transaction) CountWorkloads(_ context.Context, machine string) (int, er
 	return n, nil
 }
 
-func (t *transaction) DeleteGone(_ context.Context, machine string, before time.Time, limit int) (int, error) {
-	n := 0
+func (t *transaction) DeleteGone(_ context.Context, machine string, before time.Time, limit int) ([]string, error) {
+	var out []string
 	err := t.write(func() {
 		gone := t.workloads.list("", len(t.workloads.rows), func(w fleet.Workload) bool {
 			return (machine == "" || w.Machine == machine) && w.State == fleet.WorkloadGone && w.Seen.Before(before)
 		})
 		slices.SortStableFunc(gone, func(a, b fleet.Workload) int { return a.Seen.Compare(b.Seen) })
 		for _, w := range gone {
-			if n < limit && t.workloads.remove(w.Instance) {
-				n++
+			if len(out) < limit && t.workloads.remove(w.Instance) {
+				out = append(out, w.Instance)
 			}
 		}
 	})
-	return n, err
+	return out, err
 }
 
 func (t *transaction) PutRevocation(_ context.Context, x fleet.Revocation) error {

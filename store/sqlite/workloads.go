@@ -73,10 +73,17 @@ func (s workloads) CountWorkloads(ctx context.Context, machine string) (int, err
 	return s.tx.count(ctx, "SELECT count(*) FROM workloads"+cond.String(), cond.args...)
 }
 
-func (s workloads) DeleteGone(ctx context.Context, machine string, before time.Time, limit int) (int, error) {
+func (s workloads) DeleteGone(ctx context.Context, machine string, before time.Time, limit int) ([]string, error) {
 	var cond where
 	cond.and("state = 'gone' AND seen < ?", nanos(before))
 	cond.equal("machine", machine)
-	return s.tx.exec(ctx, "DELETE FROM workloads WHERE instance IN (SELECT instance FROM workloads"+cond.String()+
-		" ORDER BY seen, instance LIMIT ?)", append(cond.args, limit)...)
+	return collect(ctx, s.tx, text, "DELETE FROM workloads WHERE instance IN (SELECT instance FROM workloads"+cond.String()+
+		" ORDER BY seen, instance LIMIT ?) RETURNING instance", append(cond.args, limit)...)
+}
+
+// text scans one column of text.
+func text(scan func(...any) error) (string, error) {
+	var s string
+	err := scan(&s)
+	return s, err
 }
