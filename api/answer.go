@@ -47,8 +47,8 @@ func (b *recorder) answer() *answer {
 }
 
 // send writes the answer: with an entity tag if it is a thing that was read, and as 304 if the client has it already.
-// Source: RFC 9110, 13.1.2 and 15.4.5.
-func (a *answer) send(w http.ResponseWriter, r *http.Request) {
+// The client has this long to take it. Source: RFC 9110, 13.1.2 and 15.4.5.
+func (a *answer) send(w http.ResponseWriter, r *http.Request, within time.Duration) {
 	header := w.Header()
 	maps.Copy(header, a.header)
 	read := r.Method == http.MethodGet || r.Method == http.MethodHead
@@ -66,7 +66,7 @@ func (a *answer) send(w http.ResponseWriter, r *http.Request) {
 	if status != http.StatusNotModified && status != http.StatusNoContent {
 		header.Set("Content-Length", strconv.Itoa(len(body)))
 	}
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTime)) // not all writers have deadlines
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(within)) // not all writers have deadlines
 	w.WriteHeader(status)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // a client that went away cannot be told

@@ -51,8 +51,12 @@ type Config struct {
 	Now    func() time.Time // nil: time.Now
 }
 
-// maxInFlight bounds the requests that are worked on at once, at most [maxFollowers] of them streams.
-const maxInFlight = 256
+// The bounds of requests that are worked on at once. Whoever is nobody has places of their own, and gives them back before
+// the answer is written: a client that does not read must hold nothing that an operator needs.
+const (
+	maxInFlight = 256 // of callers who are identified; at most [maxFollowers] of them streams
+	maxPublic   = 32  // of operations that need no credential
+)
 
 // wholeTime bounds what no shorter limit does; it is longer than any operation and its answer may take. A connection
 // that is kept alive would otherwise carry the deadline of its last answer into the next.
@@ -106,7 +110,8 @@ type server struct {
 
 	guesses   *guesses
 	answers   *answers
-	inFlight  chan struct{}
+	inFlight  places
+	public    places
 	followers chan struct{}
 }
 
@@ -124,7 +129,8 @@ func New(cfg Config) (http.Handler, error) {
 		protections: cfg.Protections, enforced: cfg.Enforced,
 		bodyTime: cmp.Or(cfg.BodyTime, defaultBodyTime), heartbeat: cmp.Or(cfg.Heartbeat, defaultHeartbeat),
 		drain: cfg.Drain, sink: cfg.Sink, meter: cfg.Meter, log: cfg.Logger, now: cfg.Now,
-		mux: http.NewServeMux(), inFlight: make(chan struct{}, maxInFlight), followers: make(chan struct{}, maxFollowers),
+		mux: http.NewServeMux(), inFlight: make(places, maxInFlight), public: make(places, maxPublic),
+		followers: make(chan struct{}, maxFollowers),
 	}
 	switch {
 	case s.trustDomain == "":
@@ -161,15 +167,6 @@ func New(cfg Config) (http.Handler, error) {
 	return s, nil
 }
 
-// Bound sets the limits of an HTTP server that the API relies on: how long and how large a request's headers may be,
-// and how long a connection may idle. Bodies and answers have limits of their own within the API, so that a stream of
-// events is not cut off.
-func Bound(s *http.Server) {
-	s.ReadHeaderTimeout = 10 * time.Second
-	s.IdleTimeout = 2 * time.Minute
-	s.MaxHeaderBytes = 16 << 10
-}
-
 // ServeHTTP implements http.Handler: what every request has in common, whether it leads to an operation or not.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	request := requestID(r.Header)
@@ -190,17 +187,6 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			p.write(w)
 		}
 	}()
-	select {
-	case s.inFlight <- struct{}{}:
-		defer func() { <-s.inFlight }()
-	default:
-		s.meter.Count("api_busy", 1)
-		s.refuse(w, request, &refusal.Error{
-			Kind: refusal.Unavailable, Code: codeBusy, What: "the request", Why: "as many are in work as this server takes on",
-			Do: "try again shortly",
-		})
-		return
-	}
 	s.route(w, r, request)
 }
 
@@ -248,6 +234,7 @@ func (s *server) refuseMethod(w http.ResponseWriter, request, allow string) {
 func (s *server) refuse(w http.ResponseWriter, request string, err error) {
 	p, _ := render(err, request)
 	s.meter.Count("api_unrouted", 1, "code", p.Code)
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(publicTime)) // not all writers have deadlines
 	p.write(w)
 }
 
@@ -258,5 +245,5 @@ func (s *server) document(w http.ResponseWriter, r *http.Request, request, media
 		return
 	}
 	out := &answer{status: http.StatusOK, header: http.Header{"Content-Type": {media}, "Cache-Control": {"no-cache"}}, body: body}
-	out.send(w, r)
+	out.send(w, r, publicTime)
 }

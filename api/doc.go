@@ -9,5 +9,6 @@
 // repeated in an answer or a log line. Only public keys (/v1/bundle) and this API's own description are served without
 // a credential. Operators prove themselves by a 256-bit bearer credential of which the server keeps a hash; machines by
 // their SVID, which is verified here against the trust domain's bundle and the register of machines, whatever the TLS
-// listener did. TLS itself is the roof's.
+// listener did. TLS itself is the roof's. Whoever is nobody yet takes no place that an operator needs: they have places of
+// their own, few seconds for an answer, and per address a bounded number of connections (see [Bound]).
 package api

@@ -17,13 +17,20 @@ import (
 // The time limits of a request, beside those of the operation itself.
 const (
 	answerTime = 30 * time.Second // for the client to take the answer
+	publicTime = 5 * time.Second  // the same, of a client that is nobody
 	auditTime  = 10 * time.Second // for an audit record to be indexed
 )
 
-// handle is the life of a request to one operation.
+// handle is the life of a request to one operation. Identifying waits for nobody and so takes no place: a place that one
+// must have before being known could be kept from the operator by those who are nobody.
 func (s *server) handle(op *operation, w http.ResponseWriter, r *http.Request) {
 	c := newCall(op, w, r)
+	defer func() { c.leave() }()
 	if op.public {
+		if err := s.enter(c, s.public); err != nil {
+			s.tell(c, w, r, s.refused(c, err))
+			return
+		}
 		s.tell(c, w, r, s.act(c, w, r))
 		return
 	}
@@ -34,6 +41,10 @@ func (s *server) handle(op *operation, w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c.who = who
+	if err := s.enter(c, s.inFlight); err != nil {
+		s.tell(c, w, r, s.refused(c, err))
+		return
+	}
 
 	question := s.ask(c, r)
 
@@ -46,6 +57,14 @@ func (s *server) handle(op *operation, w http.ResponseWriter, r *http.Request) {
 	out := s.act(c, w, r)
 
 	s.tell(c, w, r, out)
+}
+
+// enter takes a place for the call, until tell or the end.
+func (s *server) enter(c *call, p places) (err error) {
+	if c.leave, err = p.take(); err != nil {
+		s.meter.Count("api_busy", 1)
+	}
+	return err
 }
 
 // call is one request on its way through the steps. It is owned by the request's goroutine.
@@ -62,12 +81,13 @@ type call struct {
 	query    map[string][]string
 	follow   func(http.ResponseWriter, *http.Request) // set by an operation that streams its answer
 	key      string                                   // claimed in the answers kept, or ""
+	leave    func()                                   // gives back the place it holds; may be called again
 }
 
 func newCall(op *operation, w http.ResponseWriter, r *http.Request) *call {
 	return &call{
 		op: op, request: w.Header().Get(requestHeader), trace: traceOf(r.Header), began: time.Now(),
-		header: r.Header, query: r.URL.Query(),
+		header: r.Header, query: r.URL.Query(), leave: func() {},
 	}
 }
 
@@ -235,7 +255,14 @@ func (s *server) tell(c *call, w http.ResponseWriter, r *http.Request, out *answ
 		c.follow(w, r)
 		return
 	}
-	out.send(w, r)
+	within := answerTime
+	if c.who.name == "" {
+		within = publicTime
+	}
+	if c.who.name == "" || out.status >= http.StatusBadRequest {
+		c.leave() // any machine is somebody, but only whom policy permits may keep a place by reading slowly
+	}
+	out.send(w, r, within)
 }
 
 // indexed waits until the audit records are in the log. Their change is made by now, and the client gone or not does not

@@ -67,8 +67,10 @@ func (g *guesses) wrong(source string, wrong error) error {
 }
 
 // sourceOf names where a request comes from: its address, of IPv6 the /64, since whoever has one address of it has all.
-func sourceOf(r *http.Request) string {
-	addr, ok := addrOf(r)
+func sourceOf(r *http.Request) string { return sourceOfAddr(r.RemoteAddr) }
+
+func sourceOfAddr(remote string) string {
+	addr, ok := parseAddr(remote)
 	if !ok {
 		return unixSource
 	}
@@ -81,8 +83,10 @@ func sourceOf(r *http.Request) string {
 }
 
 // addrOf returns the caller's IP address; a unix socket has none. Headers that claim another one are not believed.
-func addrOf(r *http.Request) (netip.Addr, bool) {
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
+func addrOf(r *http.Request) (netip.Addr, bool) { return parseAddr(r.RemoteAddr) }
+
+func parseAddr(remote string) (netip.Addr, bool) {
+	host, _, err := net.SplitHostPort(remote)
 	if err != nil {
 		return netip.Addr{}, false
 	}
