@@ -6,6 +6,7 @@ import "os"
 var (
 	ParseStatus       = parseStatus
 	ParseCgroupMounts = func(data []byte) (int, error) { m, err := parseCgroupMounts(data); return len(m), err }
+	BaitParents       = baitParents
 	RootTester        = rootTester
 	OnlyNotRoot       = statusNotRoot
 	OnlyRoot          = statusIsRoot
@@ -21,6 +22,21 @@ func Judged(c ProveConfig, name string, refused bool, how string) any {
 	return protections(c, []outcome{{Name: ProtectCaps, Refused: true}, {Name: name, Refused: refused, How: how}})
 }
 
+// JudgedUntried is what Prove would say of an attack that was not made.
+func JudgedUntried(c ProveConfig, name, how string) any {
+	return protections(c, []outcome{{Name: ProtectCaps, Refused: true}, {Name: name, Untried: true, How: how}})
+}
+
+// Complete are the names of the attacks not made, of a prober that says nothing.
+func Complete() (names []string) {
+	for _, o := range complete(nil) {
+		if o.Untried {
+			names = append(names, o.Name)
+		}
+	}
+	return names
+}
+
 // Attacks of the prober, for use as a workload of the tests.
 var Attacks = map[string]func() (refused bool, how string){
 	"leave":     say(leaveCgroup),
@@ -32,11 +48,22 @@ var Attacks = map[string]func() (refused bool, how string){
 	"nnp":       say(noNewPrivs),
 	"foreign":   say(func() outcome { return inChild(ProtectForeign, childForeign, nil) }),
 	"sockpkt":   say(func() outcome { return trySocket("", 2, sockPacket) }),
+	"no-bait":   say(func() outcome { return setUID("") }),
+	"bad-bait":  say(func() outcome { return setUID("/nonexistent/bait") }),
+	"odd-bait":  say(func() outcome { return setUID("/bin/false") }),
+	"no-child":  say(func() outcome { return inChild(ProtectForeign, "child-unknown", nil) }),
+	"no-family": say(func() outcome { return trySocket("", 9999, 1) }),
 	"vsockonly": say(func() outcome { return trySocket("", 40, 1) }),
 }
 
 func say(attack func() outcome) func() (bool, string) {
-	return func() (bool, string) { o := attack(); return o.Refused, o.How }
+	return func() (bool, string) {
+		o := attack()
+		if o.Untried {
+			return false, "untried: " + o.How
+		}
+		return o.Refused, o.How
+	}
 }
 
 // Accounts are the ids of a file of accounts.

@@ -100,10 +100,16 @@ func play(what string, args []string) int {
 	case "setuid":
 		err := exec.Command(args[0]).Run()
 		fmt.Printf("%v\n", err)
+	case "prove-nosuid":
+		if err := nosuidBaits(); err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		return play("prove", args)
 	case "prove":
 		ps, err := sandbox.Prove(context.Background(), sandbox.ProveConfig{CgroupRoot: args[0]})
 		for _, p := range ps {
-			fmt.Printf("%s=%s\n", p.Name, p.State)
+			fmt.Printf("%s=%s %s\n", p.Name, p.State, p.Reason)
 		}
 		fmt.Printf("err=%v\n", err)
 	default:

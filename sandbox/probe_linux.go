@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -21,6 +22,7 @@ const probeAll = "all"
 const (
 	childPacket  = "child-packet"
 	childForeign = "child-foreign"
+	childControl = "child-control" // attacks nothing: shows that a child can be started
 )
 
 // probeMain is the program of the throw-away workload: it attacks its confinement and prints the outcomes.
@@ -33,6 +35,8 @@ func probeMain(args []string) int {
 		return printed(packetSockets())
 	case childForeign:
 		return printed(foreignCalls())
+	case childControl:
+		return printed(outcome{Refused: true, How: "started"})
 	case probeAll:
 	default:
 		return StatusRefused
@@ -57,25 +61,86 @@ func printed(outcomes ...outcome) int {
 	return 0
 }
 
-// inChild runs one attack in a process of its own. One that dies of it (a kernel without 32-bit calls) has gained nothing.
+// inChild runs one attack in a process of its own. One that does not answer, because it could not be started or was
+// killed, has not been made.
 func inChild(name, attack string, attr *syscall.SysProcAttr) outcome {
+	o, err := runChild(attack, attr)
+	if err != nil {
+		return outcome{Name: name, Untried: true, How: fmt.Sprintf("its process did not come to it: %v", err)}
+	}
+	return o
+}
+
+func runChild(attack string, attr *syscall.SysProcAttr) (outcome, error) {
 	cmd := exec.CommandContext(context.Background(), "/proc/self/exe") // bounded by the caller, who kills the cgroup
 	cmd.Args = []string{probeName, attack}
 	cmd.Env = []string{}
 	cmd.SysProcAttr = attr
 	out, err := cmd.Output()
-	var o []outcome
-	if err != nil || json.Unmarshal(out, &o) != nil || len(o) != 1 {
-		return outcome{Name: name, Refused: true, How: fmt.Sprintf("it did not come to it: %v", err)}
+	if err != nil {
+		return outcome{}, err
 	}
-	return o[0]
+	var o []outcome
+	if err := json.Unmarshal(out, &o); err != nil {
+		return outcome{}, err
+	}
+	if len(o) != 1 {
+		return outcome{}, fmt.Errorf("it answered with %d outcomes", len(o))
+	}
+	return o[0], nil
 }
 
-// first returns the first outcome that was not refused, else the last.
-func first(outcomes ...outcome) outcome {
-	for _, o := range outcomes {
-		if !o.Refused {
-			return o
+// inNamespaces runs one attack as root of a user namespace and of one of each of kinds. A kernel that makes none for an
+// unprivileged user has refused the attack at its first step; that it is the kernel, and not a want of memory or of
+// processes, is told by a child that starts without them and by the error.
+func inNamespaces(name, attack string, kinds map[string]uintptr) outcome {
+	if o := inChild(name, childControl, nil); o.Untried {
+		return o
+	}
+	id := func(n int) []syscall.SysProcIDMap { return []syscall.SysProcIDMap{{HostID: n, Size: 1}} }
+	attr := &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWUSER, UidMappings: id(os.Getuid()), GidMappings: id(os.Getgid()),
+	}
+	none := noneAllowed("user")
+	for kind, flag := range kinds {
+		attr.Cloneflags |= flag
+		none = none || noneAllowed(kind)
+	}
+	o, err := runChild(attack, attr)
+	if err == nil {
+		return o
+	}
+	var ended *exec.ExitError
+	if errno := asErrno(err); !errors.As(err, &ended) && noNamespace(errno, none) {
+		return outcome{Name: name, Refused: true, How: "a user namespace is refused: " + unix.ErrnoName(errno)}
+	}
+	return outcome{Name: name, Untried: true, How: fmt.Sprintf("its process did not come to it: %v", err)}
+}
+
+// noNamespace reports whether errno is the answer of a kernel that makes no such namespace for this user: by a rule
+// (EPERM, EACCES), because it has none (EINVAL), or because none are allowed (ENOSPC, which a full table answers too).
+func noNamespace(errno unix.Errno, noneAllowed bool) bool {
+	switch errno {
+	case unix.EPERM, unix.EACCES, unix.EINVAL:
+		return true
+	case unix.ENOSPC:
+		return noneAllowed
+	default:
+		return false
+	}
+}
+
+// noneAllowed reports whether namespaces of a kind are off for everyone (namespaces(7)).
+func noneAllowed(kind string) bool {
+	data, err := os.ReadFile("/proc/sys/user/max_" + kind + "_namespaces")
+	return err == nil && strings.TrimSpace(string(data)) == "0"
+}
+
+// worst returns an outcome that was not refused, else one of an attack that was not made, else the last.
+func worst(outcomes ...outcome) outcome {
+	for _, bad := range []func(outcome) bool{outcome.succeeded, func(o outcome) bool { return o.Untried }} {
+		if i := slices.IndexFunc(outcomes, bad); i >= 0 {
+			return outcomes[i]
 		}
 	}
 	return outcomes[len(outcomes)-1]
@@ -86,7 +151,10 @@ func leaveCgroup() outcome {
 	before, _ := os.ReadFile("/proc/self/cgroup")
 	mounts, err := cgroupMounts("/proc/self")
 	if err != nil || len(before) == 0 {
-		return outcome{Name: ProtectCgroup, Refused: false, How: fmt.Sprintf("it cannot be seen where it is: %v", err)}
+		return outcome{Name: ProtectCgroup, Untried: true, How: fmt.Sprintf("it cannot be seen where it is: %v", err)}
+	}
+	if len(mounts) == 0 {
+		return outcome{Name: ProtectCgroup, Untried: true, How: "no cgroup mount is to be seen"}
 	}
 	var last error
 	for _, m := range mounts {
@@ -120,7 +188,10 @@ func unifiedPath(data []byte) string {
 func writeCgroupfs() outcome {
 	mounts, err := cgroupMounts("/proc/self")
 	if err != nil {
-		return outcome{Name: ProtectCgroupfs, How: err.Error()}
+		return outcome{Name: ProtectCgroupfs, Untried: true, How: err.Error()}
+	}
+	if len(mounts) == 0 {
+		return outcome{Name: ProtectCgroupfs, Untried: true, How: "no cgroup mount is to be seen"}
 	}
 	for _, m := range mounts {
 		var s unix.Statfs_t
@@ -143,27 +214,26 @@ func ioUring() outcome {
 
 // packet tries as it is, and as root of a user and network namespace, where CAP_NET_RAW is to be had for nothing.
 func packet() outcome {
-	id := func(n int) []syscall.SysProcIDMap { return []syscall.SysProcIDMap{{HostID: n, Size: 1}} }
-	return first(packetSockets(), inChild(ProtectPacket, childPacket, &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET, UidMappings: id(os.Getuid()), GidMappings: id(os.Getgid()),
-	}))
+	return worst(packetSockets(), inNamespaces(ProtectPacket, childPacket, map[string]uintptr{"net": syscall.CLONE_NEWNET}))
 }
 
 func packetSockets() outcome {
-	return first(
+	return worst(
 		trySocket(ProtectPacket, unix.AF_PACKET, unix.SOCK_RAW), trySocket(ProtectPacket, unix.AF_PACKET, unix.SOCK_DGRAM),
 		trySocket(ProtectPacket, unix.AF_INET, sockPacket),
 	)
 }
 
 func vsock() outcome {
-	return first(trySocket(ProtectVsock, unix.AF_VSOCK, unix.SOCK_STREAM), trySocket(ProtectVsock, unix.AF_VSOCK, unix.SOCK_DGRAM))
+	return worst(trySocket(ProtectVsock, unix.AF_VSOCK, unix.SOCK_STREAM), trySocket(ProtectVsock, unix.AF_VSOCK, unix.SOCK_DGRAM))
 }
 
+// trySocket makes a socket. A refusal is one of a rule; a kernel without the family, or out of memory, has shown no rule.
 func trySocket(name string, family, kind int) outcome {
 	fd, err := unix.Socket(family, kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return outcome{Name: name, Refused: true, How: unix.ErrnoName(asErrno(err))}
+		ruled := errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
+		return outcome{Name: name, Refused: ruled, Untried: !ruled, How: unix.ErrnoName(asErrno(err))}
 	}
 	_ = unix.Close(fd)
 	return outcome{Name: name, How: fmt.Sprintf("a socket of family %d, type %d was made", family, kind)}
@@ -178,7 +248,7 @@ func asErrno(err error) unix.Errno {
 func capabilities() outcome {
 	c, err := confinementOf("/proc/self", "")
 	if err != nil {
-		return outcome{Name: ProtectCaps, How: err.Error()}
+		return outcome{Name: ProtectCaps, Untried: true, How: err.Error()}
 	}
 	if c.Inheritable|c.Permitted|c.Effective|c.Bounding|c.Ambient != 0 {
 		return outcome{Name: ProtectCaps, How: fmt.Sprintf(
@@ -200,18 +270,20 @@ func noNewPrivs() outcome {
 // setUID executes the set-user-id root program, by which the same user outside becomes root.
 func setUID(bait string) outcome {
 	if bait == "" {
-		return outcome{Name: ProtectSetUID, Refused: true, How: "no file system here honours the bit"}
+		return outcome{Name: ProtectSetUID, Untried: true, How: noBait}
 	}
 	cmd := exec.CommandContext(context.Background(), bait)
 	cmd.Env = []string{}
 	err := cmd.Run()
 	if cmd.ProcessState == nil {
-		return outcome{Name: ProtectSetUID, Refused: true, How: fmt.Sprint(err)}
+		return outcome{Name: ProtectSetUID, Untried: true, How: fmt.Sprintf("the program was not started: %v", err)}
 	}
 	switch cmd.ProcessState.ExitCode() {
 	case statusIsRoot:
 		return outcome{Name: ProtectSetUID, How: "it became root"}
-	default:
+	case statusNotRoot:
 		return outcome{Name: ProtectSetUID, Refused: true, How: "it stayed who it was"}
+	default:
+		return outcome{Name: ProtectSetUID, Untried: true, How: fmt.Sprintf("the program ended otherwise: %v", err)}
 	}
 }

@@ -27,14 +27,22 @@ import (
 const proveTime = 20 * time.Second
 
 // outcome is what one attack came to, as the attacker saw it.
+//
+// Zero value: it succeeded.
 type outcome struct {
 	Name    string
 	Refused bool
-	How     string // "EPERM"; or what was gained
+	Untried bool   // it could not be made, which proves nothing
+	How     string // "EPERM"; what was gained; or why it was not made
 }
 
+func (o outcome) succeeded() bool { return !o.Refused && !o.Untried }
+
 // Prove attacks the confinement of a throw-away workload from within and reports, protection by protection, what was
-// refused; the first is [Whole]. A protection is enforced only if its attack was refused just now.
+// refused; the first is [Whole]. A protection is enforced only if its attack was refused just now: one whose attack could
+// not be made is not enforceable, "not proved", and neither is the whole. The one attack that needs something of the
+// machine is a set-user-id program's, which needs a file system that honours the bit in one of [baitParents]: where none
+// does, others (that of /usr) still do, so the attack is not beside the point, and nothing is claimed.
 //
 // Errors: the workload could not be started ([Start]) or did not answer; nothing was proved then. Its cgroup and files
 // are gone when Prove returns.
@@ -75,13 +83,24 @@ func protections(c ProveConfig, outcomes []outcome) []policy.Protection {
 	var parts []policy.Protection
 	for _, o := range outcomes {
 		p := policy.Protection{Machine: c.Machine, Name: o.Name, State: policy.Enforced, Proved: now}
-		if o.Refused {
-			c.Meter.Count("sandbox_probes", 1, "probe", o.Name, "result", "refused")
-		} else {
-			c.Meter.Count("sandbox_probes", 1, "probe", o.Name, "result", "succeeded")
-			p.State, p.Proved, p.Reason, p.Change = policy.NotEnforceable, time.Time{}, "the attack succeeded: "+o.How, changeProbeFailure
-			whole.State, whole.Proved, whole.Change = policy.NotEnforceable, time.Time{}, changeProbeFailure
+		result := "refused"
+		switch {
+		case o.Untried:
+			result, p.Reason, p.Change = "not-attempted", "not proved: "+o.How, changeUntried
+			if o.How == noBait {
+				p.Change = "mount one of " + strings.Join(baitParents(), ", ") + " without nosuid and noexec"
+			}
+		case !o.Refused:
+			result, p.Reason, p.Change = "succeeded", "the attack succeeded: "+o.How, changeProbeFailure
+		}
+		c.Meter.Count("sandbox_probes", 1, "probe", o.Name, "result", result)
+		if p.Reason != "" {
+			p.State, p.Proved = policy.NotEnforceable, time.Time{}
+			whole.State, whole.Proved = policy.NotEnforceable, time.Time{}
 			whole.Reason = strings.TrimPrefix(whole.Reason+"; "+o.Name+": "+p.Reason, "; ")
+			if whole.Change == "" || o.succeeded() {
+				whole.Change = p.Change
+			}
 		}
 		parts = append(parts, p)
 	}
@@ -124,7 +143,23 @@ func attack(ctx context.Context, cgroup *Cgroup, uid uint32) ([]outcome, error) 
 	if err := json.Unmarshal(data, &outcomes); err != nil {
 		return nil, fmt.Errorf("the prober's answer: %w", err)
 	}
-	return outcomes, nil
+	return complete(outcomes), nil
+}
+
+// complete adds an attack that was not made for every protection of which the prober says nothing.
+func complete(outcomes []outcome) []outcome {
+	names := []string{
+		ProtectCgroup, ProtectCgroupfs, ProtectIOUring, ProtectPacket, ProtectVsock, ProtectCaps, ProtectNoNewPrivs, ProtectSetUID,
+	}
+	if haveForeignCalls {
+		names = append(names, ProtectForeign)
+	}
+	for _, name := range names {
+		if !slices.ContainsFunc(outcomes, func(o outcome) bool { return o.Name == name }) {
+			outcomes = append(outcomes, outcome{Name: name, Untried: true, How: "the prober said nothing of it"})
+		}
+	}
+	return outcomes
 }
 
 // ownExecutable opens this program so that an unprivileged user can execute it, wherever its file lies: as it is if its
@@ -167,6 +202,13 @@ const (
 	statusNotRoot = 20
 )
 
+// noBait is why the set-user-id program was not executed.
+const noBait = "no directory that may be used honours set-user-id bits"
+
+// baitParents are the directories in which the set-user-id program is tried. /tmp and /var/tmp are mounted nosuid on
+// hardened machines, hence the third.
+func baitParents() []string { return slices.Compact([]string{os.TempDir(), "/var/tmp", "/var/lib"}) }
+
 // setUIDProgram writes a set-user-id root program that says by its exit status whether it is root, in a directory where
 // the bit counts: an ordinary process of uid does become root by it (the control of the experiment). The path is empty
 // if there is no such directory. The program does nothing else, so that one left behind by a crash is harmless.
@@ -176,7 +218,7 @@ func setUIDProgram(ctx context.Context, uid uint32) (path string, remove func(),
 	if code == nil {
 		return "", remove, nil
 	}
-	for _, parent := range []string{os.TempDir(), "/var/tmp"} {
+	for _, parent := range baitParents() {
 		dir, err := os.MkdirTemp(parent, "redoubt-probe-")
 		if err != nil {
 			continue

@@ -131,6 +131,7 @@ const (
 	reasonPrivileged   = "privileged workload"
 	changePrivileged   = "run it without --privileged, as an unprivileged user"
 	changeNotOurs      = "start it with redoubt run, which confines it"
+	changeUntried      = "see that the machine has memory, processes and descriptors to spare; it is tried again"
 	changeProbeFailure = "report this with the output of redoubt doctor: the rule is set but does not hold"
 )
 
