@@ -80,12 +80,12 @@ func NewAgent(ctx context.Context, cfg Config, token, name string, t *Telemetry)
 	if err != nil {
 		return nil, err
 	}
-	a.host = &host{id: a.id, attestor: attestor, meter: t, subtree: cfg.Agent.Machine.Cgroups, extra: a.extra}
+	a.host = &host{id: a.id, attestor: attestor, meter: t, subtree: cfg.Agent.Machine.Cgroups, extra: a.extra, reserved: map[uint32]time.Time{}}
 	bpffs := filepath.Join(cfg.Data, bpffsDir)
 	if a.machine, err = machine.New(machine.Config{
 		ID: a.id, TrustDomain: id.TrustDomain(), Attestor: a.host, CgroupRoot: attestor.CgroupRoot(),
 		Subtree: cfg.Agent.Machine.Cgroups, StateDir: cfg.Data, Sink: a.spool, Meter: t, Logger: a.log,
-		Unpin: func() ([]string, error) { return unpin(bpffs) },
+		Unpin: func() ([]string, error) { return unpin(bpffs) }, Privileged: a.host.privileged,
 	}); err != nil {
 		return nil, err
 	}
@@ -155,7 +155,7 @@ func (a *Agent) socket() string {
 				abs = a.cfg.Data
 			}
 			sum := sha256.Sum256([]byte(abs))
-			path = filepath.Join("/run/redoubt", hex.EncodeToString(sum[:6]), WorkloadSocket)
+			path = filepath.Join(runDir, hex.EncodeToString(sum[:6]), WorkloadSocket)
 		}
 	}
 	if abs, err := filepath.Abs(path); err == nil {
@@ -175,8 +175,15 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 			Do: "set agent.socket, or --data, to a shorter one",
 		}
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { //nolint:gosec // workloads pass through it
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("directory of the Workload API: %w", err)
+	}
+	if a.cfg.Agent.Socket == "" && os.Geteuid() == 0 { // whatever the umask is
+		for _, dir := range []string{runDir, filepath.Dir(path)} {
+			if err := os.Chmod(dir, 0o755); err != nil {
+				return fmt.Errorf("directory of the Workload API: %w", err)
+			}
+		}
 	}
 	// Every workload may connect: who it is, the kernel says.
 	if a.workloadListener, err = workload.Listen(ctx, path); err != nil {
@@ -187,6 +194,9 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 	}
 	return err
 }
+
+// runDir holds a directory for each agent's Workload API.
+const runDir = "/run/redoubt"
 
 // maxSocketPath is what fits into a socket address (unix(7): 108 bytes with the final zero).
 const maxSocketPath = 107
@@ -326,7 +336,7 @@ func ReleaseOffline(ctx context.Context, dir, reason string, resume bool) (*mach
 	done := make(chan error, 1)
 	go func() { done <- events.Run(run) }()
 	m, err := machine.New(machine.Config{
-		StateDir: dir, Sink: events, Unpin: func() ([]string, error) { return unpin(filepath.Join(dir, bpffsDir)) },
+		StateDir: dir, Sink: events, Offline: true, Unpin: func() ([]string, error) { return unpin(filepath.Join(dir, bpffsDir)) },
 	})
 	var release *machine.Release
 	if err == nil {
@@ -360,6 +370,6 @@ func Cleanup(cfg Config) ([]string, error) {
 	if err != nil {
 		return removed, err
 	}
-	emptied, err := machine.RemoveEmptyCgroups(filepath.Join(root, cfg.Agent.Machine.Cgroups))
+	emptied, err := machine.RemoveEmptyCgroups(cfg.Data, root, filepath.Join(root, cfg.Agent.Machine.Cgroups))
 	return append(removed, emptied...), err
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -32,7 +33,8 @@ type host struct {
 	machine  *machine.Machine
 	meter    event.Meter
 	subtree  string
-	userMu   sync.Mutex // one dynamic user at a time, so that two calls do not get the same
+	userMu   sync.Mutex
+	reserved map[uint32]time.Time // dynamic users given out and not registered yet, until when; guarded by userMu
 	proofs   atomic.Pointer[[]policy.Protection]
 	ledger   atomic.Pointer[sensor.Ledger]
 	extra    func() map[string]any // what `doctor` shows of the agent itself
@@ -47,34 +49,55 @@ func (h *host) Process(ctx context.Context, pid int) (machine.Subject, error) {
 	return machine.Subject{PID: s.PID, Start: s.Start, Cgroup: s.Cgroup, CgroupID: s.CgroupID, Facts: s.Facts}, nil
 }
 
-// Resolve implements local.Host. A pid stands for itself and its descendants; its cgroup is its own if nothing else is in it.
+// Resolve implements local.Host. A pid stands for itself and for those of its descendants that share its cgroup; the cgroup
+// is its own if nothing else is in it.
 func (h *host) Resolve(ctx context.Context, name string) (local.Target, error) {
 	t, err := h.attestor.Resolve(ctx, name)
 	if err != nil {
 		return local.Target{}, err
 	}
 	out := local.Target{Cgroup: t.Cgroup, CgroupID: t.CgroupID, PIDs: t.PIDs, Unit: t.Unit, Kind: string(t.Kind), Alone: true}
+	refuse := func(code, why, do string) (local.Target, error) {
+		return local.Target{}, &refusal.Error{Kind: refusal.Invalid, Code: code, What: "enroll " + name, Why: why, Do: do}
+	}
 	if t.Kind == attest.KindCgroup && t.Cgroup == "/" {
-		return local.Target{}, &refusal.Error{
-			Kind: refusal.Invalid, Code: "root-cgroup", What: "enroll cgroup /", Why: "it holds the whole machine, not one workload",
-			Do: "name a unit, a process, or a cgroup below it",
+		return refuse("root-cgroup", "it holds the whole machine, not one workload", "name a unit, a process, or a cgroup below it")
+	}
+	if t.Kind == attest.KindPID {
+		out.PIDs = h.Family(out)
+		if t.Unit == "" || !strings.HasSuffix(t.Unit, ".service") {
+			// A unit is a workload as a whole: moving one of its processes would tear it apart.
+			whole, err := h.attestor.Resolve(ctx, t.Cgroup)
+			out.Alone = err == nil && t.Cgroup != "/" && subset(whole.PIDs, out.PIDs)
 		}
 	}
-	if t.Kind != attest.KindPID {
-		return out, nil
+	if slices.Contains(out.PIDs, os.Getpid()) || slices.Contains(out.PIDs, 1) {
+		return refuse("never-touch", "the agent itself, or the machine's first process, is among its processes", "name the program that you mean, not what started it")
 	}
-	family := descendants(t.PIDs)
-	out.PIDs = family
-	if t.Unit != "" && strings.HasSuffix(t.Unit, ".service") {
-		return out, nil // a unit is a workload as a whole: moving one of its processes would tear it apart
-	}
-	whole, err := h.attestor.Resolve(ctx, t.Cgroup)
-	out.Alone = err == nil && t.Cgroup != "/" && subset(whole.PIDs, family)
 	return out, nil
 }
 
-// descendants returns the processes and all that descend from them; bounded by the number of processes.
-func descendants(pids []int) []int {
+// Family implements local.Host: the target's processes and their descendants, as far as they are in the target's cgroup.
+func (h *host) Family(t local.Target) []int {
+	tree := scan()
+	seen := map[int]bool{}
+	out := []int{}
+	for queue := slices.Clone(t.PIDs); len(queue) > 0; queue = queue[1:] {
+		pid := queue[0]
+		if seen[pid] {
+			continue
+		}
+		seen[pid] = true
+		if unifiedCgroup(pid) == t.Cgroup {
+			out = append(out, pid)
+		}
+		queue = append(queue, tree[pid]...)
+	}
+	return out
+}
+
+// scan returns the children of every process.
+func scan() map[int][]int {
 	children := map[int][]int{}
 	entries, _ := os.ReadDir("/proc")
 	for _, e := range entries {
@@ -95,17 +118,18 @@ func descendants(pids []int) []int {
 			children[parent] = append(children[parent], pid)
 		}
 	}
-	seen := map[int]bool{}
-	var out []int
-	for queue := pids; len(queue) > 0; queue = queue[1:] {
-		if seen[queue[0]] {
-			continue
+	return children
+}
+
+// unifiedCgroup returns the path of a process in the unified hierarchy, or "" once it is gone.
+func unifiedCgroup(pid int) string {
+	raw, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
+	for line := range strings.Lines(string(raw)) {
+		if p, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
+			return p
 		}
-		seen[queue[0]] = true
-		out = append(out, queue[0])
-		queue = append(queue, children[queue[0]]...)
 	}
-	return out
+	return ""
 }
 
 func subset(all, of []int) bool {
@@ -129,10 +153,20 @@ func (h *host) User(_ context.Context, name string) (uint32, uint32, error) {
 	h.userMu.Lock()
 	defer h.userMu.Unlock()
 	taken := map[uint32]bool{}
+	for uid, until := range h.reserved {
+		if time.Now().Before(until) {
+			taken[uid] = true
+		} else {
+			delete(h.reserved, uid)
+		}
+	}
 	for _, w := range h.machine.Workloads() {
 		taken[w.UID] = true
 	}
 	uid, err := sandbox.DynamicUser(identity.Unique("u"), taken)
+	if err == nil {
+		h.reserved[uid] = time.Now().Add(time.Minute) // until it is registered, or was not used
+	}
 	return uid, uid, err
 }
 
@@ -149,8 +183,9 @@ func (h *host) Explain(ctx context.Context, name string) (json.RawMessage, error
 	fill := func(w machine.Workload) (json.RawMessage, error) {
 		return json.Marshal(explanation{Workload: &w, Facts: w.Facts, Issuance: w.Issuance, Identity: w.ID, Refusal: w.Refusal})
 	}
+	_, notNumber := strconv.Atoi(name) // a number is a pid, whatever services are called
 	for _, w := range h.machine.Workloads() {
-		if w.Instance == name || w.Service == name && name != "" {
+		if notNumber != nil && (w.Instance == name || w.Service == name && name != "") {
 			return fill(w)
 		}
 	}
@@ -181,7 +216,68 @@ func (h *host) Protections() []policy.Protection {
 	}
 	out := make([]policy.Protection, 0, len(proofs))
 	out = append(out, proofs...)
-	return append(out, h.machine.Protections(proofs)...)
+	return append(out, h.machine.Protections(proofs, h.doubts())...)
+}
+
+// doubts looks at every process of the machine and says of workloads why what was proved of confinement in general does not
+// hold of them: a process that is not confined, or one outside that runs as the same user and may therefore trace it.
+func (h *host) doubts() map[string]string {
+	workloads := map[string]machine.Workload{} // confined ones, by cgroup
+	byUID := map[uint32]machine.Workload{}
+	for _, w := range h.machine.Workloads() {
+		if w.How == machine.ByRun && !w.Privileged && w.PID != 0 {
+			workloads[w.Cgroup], byUID[w.UID] = w, w
+		}
+	}
+	out := map[string]string{}
+	if len(workloads) == 0 {
+		return out
+	}
+	entries, _ := os.ReadDir("/proc")
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		cgroup := unifiedCgroup(pid)
+		inside, is := workloads[cgroup]
+		for p := cgroup; !is && len(p) > 1; p = path.Dir(p) {
+			inside, is = workloads[p]
+		}
+		c, err := sandbox.Confinement(pid)
+		if err != nil || c.PID == 0 {
+			continue // it ended, or is none of a user's
+		}
+		if is {
+			if lacks := c.Lacks(); len(lacks) > 0 {
+				out[inside.Instance] = "process " + e.Name() + " is not confined: " + strings.Join(lacks, ", ")
+			}
+		}
+		for _, uid := range c.UIDs {
+			if w, shared := byUID[uid]; shared && (!is || inside.Instance != w.Instance) {
+				out[w.Instance] = "its user is shared with process " + e.Name() + " outside of it, which may trace it"
+				if is {
+					out[inside.Instance] = "its user is shared with workload " + w.Instance
+				}
+			}
+		}
+	}
+	return out
+}
+
+// privileged implements machine.Config.Privileged.
+func (h *host) privileged(cgroup string) bool {
+	t, err := h.attestor.Resolve(context.Background(), cgroup)
+	if err != nil {
+		return false
+	}
+	for _, pid := range t.PIDs {
+		c, err := sandbox.Confinement(pid)
+		if err == nil && (slices.Contains(c.UIDs[:], 0) || c.Permitted|c.Effective != 0) {
+			return true
+		}
+	}
+	return false
 }
 
 // Doctor implements local.Host.

@@ -18,7 +18,8 @@ const maxStreamName = 64
 // agent whose acknowledgement was lost may send again. It returns the number up to which all is stored.
 //
 // The caller has authenticated the machine, whose name replaces what the events say. Numbers rise within a batch; gaps
-// are counted and accepted (a queue that overflowed says so in an event of its own). Errors: [ErrEvents].
+// are counted and accepted (a queue that overflowed says so in an event of its own). A machine that sends faster than
+// [EventRate] waits. Errors: [ErrEvents]; [ErrEventRate], of which nothing was stored.
 // Durability: on disk when it returns.
 func (f *Fleet) Ingest(ctx context.Context, machine, stream string, batch []Numbered) (uint64, error) {
 	what := "events of machine " + machine
@@ -32,6 +33,9 @@ func (f *Fleet) Ingest(ctx context.Context, machine, stream string, batch []Numb
 			f.meter.Count("fleet_events_refused", int64(len(batch)), "code", ErrEvents.Code)
 			return 0, refuse(ErrEvents, refusal.Invalid, what, "their numbers do not rise from 1", "send them in the order of the queue")
 		}
+	}
+	if err := f.pace(ctx, machine, len(batch)); err != nil {
+		return 0, err
 	}
 	var last uint64
 	var stored, doubles, gaps int64
@@ -64,8 +68,7 @@ func (f *Fleet) Ingest(ctx context.Context, machine, stream string, batch []Numb
 		if err := tx.Events.PutStream(ctx, at); err != nil {
 			return err
 		}
-		trimmed, err := tx.Events.Trim(ctx, f.cfg.KeepEvents, 2*MaxEventBatch)
-		f.meter.Count("fleet_events_trimmed", int64(trimmed))
+		_, err = f.trim(ctx, tx.Events, 2*MaxEventBatch)
 		return err
 	})
 	if err != nil {
@@ -92,8 +95,7 @@ func (f *Fleet) Record(ctx context.Context, e event.Event) error {
 		if _, err := tx.Events.AppendEvent(ctx, StoredEvent{Machine: ServerMachine, Event: f.fitting(e)}); err != nil {
 			return err
 		}
-		trimmed, err := tx.Events.Trim(ctx, f.cfg.KeepEvents, 2*MaxEventBatch)
-		f.meter.Count("fleet_events_trimmed", int64(trimmed))
+		_, err := f.trim(ctx, tx.Events, 2*MaxEventBatch)
 		return err
 	})
 	if err != nil {
@@ -175,7 +177,7 @@ func (f *Fleet) Decision(ctx context.Context, id policy.ID) ([]Told, error) {
 	}
 	if len(events) == 0 || id == "" {
 		return nil, refuse(ErrDecision, refusal.Unknown, "decision", "no machine has told of it, or it is older than the events kept",
-			"if its machine is cut off, ask there with redoubt why --local")
+			"if its machine is cut off, ask there: redoubt why asks the agent, too")
 	}
 	out := make([]Told, 0, len(events))
 	for _, e := range events {

@@ -155,7 +155,7 @@ func (f *Fleet) DeleteToken(ctx context.Context, id string, rec event.Record) er
 		t, err := u.Tokens.Token(ctx, id)
 		switch {
 		case errors.Is(err, ErrNotFound):
-			return unknown("join token", "list those outstanding with redoubt token list")
+			return unknown("join token", "list those outstanding with redoubt get tokens")
 		case err != nil:
 			return err
 		case !t.Used.IsZero():

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"path"
 	"slices"
 	"strings"
 	"time"
@@ -25,8 +24,12 @@ func (m *Machine) attest(ctx context.Context, w *workload, pid int) error {
 	if err != nil {
 		return err
 	}
+	rootlike := m.cfg.Privileged != nil && m.cfg.Privileged(w.Cgroup)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if uid, ok := subject.Facts.Get(identity.FactUID); ok && uid.Value == int64(0) || rootlike {
+		w.Privileged = true // whatever was promised: this is what runs
+	}
 	if subject.Cgroup != w.Cgroup && !strings.HasPrefix(subject.Cgroup, strings.TrimSuffix(w.Cgroup, "/")+"/") {
 		return &refusal.Error{
 			Kind: refusal.Denied, Code: "not-of-this-workload", What: "attest a process for workload " + w.Instance,
@@ -37,7 +40,9 @@ func (m *Machine) attest(ctx context.Context, w *workload, pid int) error {
 	if err != nil {
 		return err
 	}
+	changed := w.PID != subject.PID || w.Start != subject.Start
 	if facts.Digest() != w.Facts.Digest() {
+		changed = true
 		w.Facts, err = w.Facts.With(facts.All()...)
 		if err != nil {
 			return err
@@ -51,13 +56,13 @@ func (m *Machine) attest(ctx context.Context, w *workload, pid int) error {
 		w.dirty = true
 	}
 	w.PID, w.Start, w.attestAt = subject.PID, subject.Start, time.Now().Add(attestEvery)
-	if uid, ok := facts.Get(identity.FactUID); ok && uid.Value == int64(0) {
-		w.Privileged = true // whatever was promised: this is what runs
-	}
 	select {
 	case <-w.attested:
 	default:
 		close(w.attested)
+	}
+	if !changed {
+		return nil // a look that found nothing new is no reason to write to the disk
 	}
 	return m.saveLocked()
 }
@@ -115,47 +120,92 @@ func (m *Machine) discover(ctx context.Context, pid int, cgroup string) (*worklo
 		return nil, err
 	}
 	m.emit(w, "workload.discovered")
-	m.reportDue(ctx, false)
-	m.renewDue(ctx)
+	m.settle(ctx)
 	return w, nil
+}
+
+// settle reports what is due and has SVIDs signed, but does not wait long for a server that is away: whoever asked goes on,
+// and the registry's own loop tries again.
+func (m *Machine) settle(ctx context.Context) {
+	brief, cancel := context.WithTimeout(ctx, briefly)
+	defer cancel()
+	m.reportDue(brief, false)
+	m.renewDue(brief)
+	m.wake()
 }
 
 // unitOf returns the cgroup that bounds the container or systemd service of a process, or "" if it is in neither.
 func unitOf(s Subject) string {
 	mark := s.Facts.Text(identity.FactContainerID)
-	if mark == "" {
+	container := mark != ""
+	if !container {
 		if mark = s.Facts.Text(identity.FactUnit); !strings.HasSuffix(mark, ".service") {
 			return ""
 		}
 	}
-	for p := s.Cgroup; p != "/" && p != "." && p != ""; p = path.Dir(p) {
-		if strings.Contains(path.Base(p), mark) {
-			return p
+	// From the top down, and only the very name: what a workload makes below its own cgroup is the workload.
+	at := ""
+	for part := range strings.SplitSeq(strings.Trim(s.Cgroup, "/"), "/") {
+		at += "/" + part
+		name := strings.TrimSuffix(part, ".scope")
+		if part == mark || container && (name == mark || strings.HasSuffix(name, "-"+mark)) {
+			return at
 		}
 	}
 	return ""
 }
 
-// watch ends workloads whose cgroup has no process left, or is another than it was.
+// startWithin is how long a prepared workload may take until its first process runs.
+const startWithin = time.Minute
+
+// watch ends workloads whose cgroup has no process left, or is another than it was; attests those that run although nobody
+// said so; and removes cgroups of ours that have become empty.
 func (m *Machine) watch(ctx context.Context) {
-	m.mu.Lock()
-	var live []*workload
-	for _, w := range m.workloads {
-		if w.PID != 0 { // one that is only prepared has no process yet
-			live = append(live, w)
-		} else if time.Since(w.Since) > time.Minute {
-			live = append(live, w) // prepared, and never started
-		}
+	type look struct {
+		*workload
+		cgroup  string
+		id      uint64
+		pid     int
+		waiting bool
 	}
+	m.mu.Lock()
+	looks := make([]look, 0, len(m.workloads))
+	for _, w := range m.workloads {
+		looks = append(looks, look{w, w.Cgroup, w.CgroupID, w.PID, w.PID == 0 && time.Since(w.Since) < startWithin})
+	}
+	husks := m.husks
+	m.husks = nil
 	m.mu.Unlock()
-	for _, w := range live {
-		dir := m.dir(w.Cgroup)
+	for _, l := range looks {
+		dir := m.dir(l.cgroup)
 		id, err := cgroupID(dir)
 		busy, perr := populated(dir)
-		if err == nil && perr == nil && busy && id == w.CgroupID {
-			continue
+		switch {
+		case err != nil || perr != nil || id != l.id || !busy && !l.waiting:
+			m.remove(ctx, l.workload)
+		case busy && l.pid == 0:
+			m.attestUnsaid(ctx, l.workload, dir)
 		}
-		m.remove(ctx, w)
+	}
+	for _, cgroup := range husks {
+		m.sweep(cgroup)
+	}
+}
+
+// attestUnsaid attests a prepared workload that runs although whoever started it could not say so (the agent was down, or
+// busy): its processes are in its cgroup, so it is what was prepared.
+func (m *Machine) attestUnsaid(ctx context.Context, w *workload, dir string) {
+	m.mu.Lock()
+	young := time.Since(w.Since) < 2*time.Second
+	m.mu.Unlock()
+	if young {
+		return // its starter is about to say
+	}
+	for _, pid := range processes(dir) {
+		if err := m.attest(ctx, w, pid); err == nil {
+			m.emit(w, "workload.started")
+			return
+		}
 	}
 }
 
@@ -181,8 +231,12 @@ func (m *Machine) attestDue(ctx context.Context) {
 // reportDue tells the server of workloads whose facts changed (all of them when full) and of those that ended, and takes
 // its answers. It reports whether the server has been reached.
 func (m *Machine) reportDue(ctx context.Context, full bool) bool {
-	m.reporting.Lock()
-	defer m.reporting.Unlock()
+	select {
+	case m.reporting <- struct{}{}:
+		defer func() { <-m.reporting }()
+	case <-ctx.Done():
+		return false
+	}
 	m.mu.Lock()
 	report := fleet.Report{Full: full, Gone: m.ended}
 	m.ended = nil

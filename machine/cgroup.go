@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,6 +9,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -69,26 +71,81 @@ func populated(dir string) (bool, error) {
 	return strings.Contains(string(b), "populated 1"), nil
 }
 
-// adopt moves a process and its descendants, as far as they share its cgroup, into the cgroup of an instance.
-// What was moved keeps running: nothing is restarted.
-func (m *Machine) adopt(cgroup string, pids []int) (int, error) {
+// processes returns the processes in a cgroup and below it, lowest first.
+func processes(dir string) []int {
+	var pids []int
+	_ = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return nil //nolint:nilerr // a cgroup that went away meanwhile has none
+		}
+		raw, _ := os.ReadFile(filepath.Join(p, "cgroup.procs"))
+		for line := range strings.Lines(string(raw)) {
+			if pid, err := strconv.Atoi(strings.TrimSpace(line)); err == nil && pid > 0 {
+				pids = append(pids, pid)
+			}
+		}
+		return nil
+	})
+	slices.Sort(pids)
+	return pids
+}
+
+// adoptRounds bounds how often a tree of processes that forks while it is moved is looked at again.
+const adoptRounds = 20
+
+// adopt moves processes into the cgroup of an instance, and looks again until family (which tells who is left) tells of
+// nobody. What was moved keeps running: nothing is restarted.
+func (m *Machine) adopt(cgroup string, family func() []int) (int, error) {
 	procs, err := os.OpenFile(filepath.Join(m.dir(cgroup), "cgroup.procs"), os.O_WRONLY, 0)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { _ = procs.Close() }()
 	moved := 0
-	for _, pid := range pids {
-		_, err := fmt.Fprintf(procs, "%d\n", pid)
-		if errors.Is(err, syscall.ESRCH) {
-			continue // it ended on its own
+	for range adoptRounds {
+		left := family()
+		if len(left) == 0 {
+			return moved, nil
 		}
-		if err != nil {
-			return moved, fmt.Errorf("move process %d into %s: %w", pid, cgroup, err)
+		for _, pid := range left {
+			_, err := fmt.Fprintf(procs, "%d\n", pid)
+			if errors.Is(err, syscall.ESRCH) {
+				continue // it ended on its own
+			}
+			if err != nil {
+				return moved, fmt.Errorf("move process %d into %s: %w", pid, cgroup, err)
+			}
+			moved++
 		}
-		moved++
 	}
-	return moved, nil
+	return moved, &refusal.Error{
+		Kind: refusal.Conflict, Code: "restless-processes", What: "move running processes into a cgroup of their own",
+		Why: "they start others faster than these can be moved", Do: "try again, or enroll the cgroup as a whole",
+	}
+}
+
+// giveBack moves what was adopted back to where it was, after an enrollment that failed.
+func (m *Machine) giveBack(from, to string) {
+	back, err := os.OpenFile(filepath.Join(m.dir(to), "cgroup.procs"), os.O_WRONLY, 0)
+	if err == nil {
+		for _, pid := range processes(m.dir(from)) {
+			_, _ = fmt.Fprintf(back, "%d\n", pid)
+		}
+		_ = back.Close()
+	}
+	m.sweep(from)
+}
+
+// sweep removes a cgroup of ours, or keeps it for another look while something is in it.
+func (m *Machine) sweep(cgroup string) {
+	m.removeCgroup(cgroup)
+	if _, err := os.Stat(m.dir(cgroup)); err == nil {
+		m.mu.Lock()
+		if len(m.husks) < MaxWorkloads {
+			m.husks = append(m.husks, cgroup)
+		}
+		m.mu.Unlock()
+	}
 }
 
 // removeCgroup removes a cgroup that we made, and the empty ones below it; one that is busy stays until the next look.
@@ -112,26 +169,33 @@ func (m *Machine) removeCgroup(cgroup string) {
 	}
 }
 
-// RemoveEmptyCgroups removes the cgroups that machines made below a directory of the unified hierarchy and in which nothing
-// runs, and returns them. Those of another agent's running workloads are not empty, and stay.
-func RemoveEmptyCgroups(subtree string) ([]string, error) {
-	top := filepath.Join(subtree, workloadsDir)
-	entries, err := os.ReadDir(top)
+// RemoveEmptyCgroups removes the cgroups that the state in stateDir says were made for workloads and in which nothing runs,
+// and returns them. root is where the unified hierarchy is mounted, subtree the machine's part of it. Cgroups of other agents
+// stay, and so do those in which something runs.
+func RemoveEmptyCgroups(stateDir, root, subtree string) ([]string, error) {
+	raw, err := os.ReadFile(filepath.Join(stateDir, stateFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
+	var s state
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return nil, fmt.Errorf("state: %w", err)
+	}
 	var removed []string
-	for _, e := range entries {
-		dir := filepath.Join(top, e.Name())
-		if busy, err := populated(dir); e.IsDir() && err == nil && !busy {
+	for _, w := range s.Workloads {
+		dir := filepath.Join(root, w.Cgroup)
+		if id, err := cgroupID(dir); !w.Ours || err != nil || id != w.CgroupID {
+			continue
+		}
+		if busy, err := populated(dir); err == nil && !busy {
 			(&Machine{}).removeCgroup(dir)
 			removed = append(removed, dir)
 		}
 	}
-	if os.Remove(top) == nil {
+	if top := filepath.Join(subtree, workloadsDir); os.Remove(top) == nil { // only if it is empty
 		removed = append(removed, top)
 	}
 	return removed, nil

@@ -57,6 +57,11 @@ type Config struct {
 	Sink        event.Sink
 	Meter       event.Meter
 	Logger      *slog.Logger
+	// Privileged reports whether any process of a cgroup is root, or holds a capability, or could take root back; nil: the
+	// uid of the first process decides alone.
+	Privileged func(cgroup string) bool
+	// Offline keeps the workloads of the state as they are, unlooked at: for a release while no agent runs.
+	Offline bool
 	// Unpin lifts what the sensor has pinned in the kernel and returns what it lifted; nil where nothing is.
 	Unpin func() ([]string, error)
 }
@@ -70,6 +75,8 @@ const (
 	watchInterval = time.Second
 	attestEvery   = 30 * time.Second
 	renewWorkers  = 8
+	// briefly bounds how long a caller waits for the server's answer about it; the registry's own loop tries again.
+	briefly = 3 * time.Second
 	// attestWait bounds how long a workload that asks at once waits for its own attestation.
 	attestWait = 10 * time.Second
 )
@@ -80,12 +87,14 @@ type Machine struct {
 	log  *slog.Logger
 	view atomic.Pointer[view] // swapped whole by the receiver
 
-	// reporting is held from the moment a report is drawn up until it is answered: a full report that overtook the report
-	// of a newer workload would say that it is gone. Taken before mu.
-	reporting sync.Mutex
+	// reporting holds one token, taken from the moment a report is drawn up until it is answered: a full report that
+	// overtook the report of a newer workload would say that it is gone. Taken before mu.
+	reporting chan struct{}
 
 	mu        sync.Mutex
 	ended     []string             // instances whose end the server has not heard; guarded by mu
+	husks     []string             // cgroups of ours that were still busy when their workload was forgotten; guarded by mu
+	kept      []storedWorkload     // of an offline machine; guarded by mu
 	workloads map[string]*workload // by instance; guarded by mu
 	byCgroup  map[string]*workload // by cgroup path; guarded by mu
 	released  *Release             // guarded by mu
@@ -113,7 +122,7 @@ func New(cfg Config) (*Machine, error) {
 	m := &Machine{
 		cfg: cfg, log: cfg.Logger,
 		workloads: map[string]*workload{}, byCgroup: map[string]*workload{},
-		decisions: newHistory(maxDecisions), kick: make(chan struct{}, 1),
+		decisions: newHistory(maxDecisions), kick: make(chan struct{}, 1), reporting: make(chan struct{}, 1),
 	}
 	m.view.Store(emptyView(cfg.TrustDomain))
 	if err := m.load(); err != nil {

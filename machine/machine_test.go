@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -242,7 +243,7 @@ func (w *world) start(t *testing.T, service string) (machine.Workload, *exec.Cmd
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = w.Ended(context.Background(), p.Instance) })
+	t.Cleanup(func() { _ = w.Forget(context.Background(), p.Instance) })
 	return started, cmd
 }
 
@@ -321,7 +322,7 @@ func TestStartedRefusesAProcessOfAnotherCgroup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = w.Ended(context.Background(), p.Instance) }()
+	defer func() { _ = w.Forget(context.Background(), p.Instance) }()
 	if _, err := w.Started(t.Context(), p.Instance, os.Getpid()); code(err) != "not-of-this-workload" {
 		t.Errorf("got %v", err)
 	}
@@ -336,9 +337,9 @@ func TestRootRunsOnlyPrivileged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = w.Ended(context.Background(), p.Instance) }()
+	defer func() { _ = w.Forget(context.Background(), p.Instance) }()
 	proofs := []policy.Protection{{Name: machine.Confinement, State: policy.Enforced, Proved: time.Now()}}
-	for _, got := range w.Protections(proofs) {
+	for _, got := range w.Protections(proofs, nil) {
 		if got.Name == machine.Confinement && (got.State != policy.NotEnforceable || got.Reason != "privileged workload") {
 			t.Errorf("got %+v", got)
 		}
@@ -349,7 +350,7 @@ func TestEnforcedIsSaidOnlyWithAProof(t *testing.T) {
 	w := newWorld(t)
 	w.start(t, "orders")
 	state := func(proofs ...policy.Protection) policy.State {
-		for _, p := range w.Protections(proofs) {
+		for _, p := range w.Protections(proofs, nil) {
 			if p.Name == machine.Confinement {
 				return p.State
 			}
@@ -640,7 +641,7 @@ func TestReportsDoNotOvertakeOneAnother(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = w.Ended(context.Background(), p.Instance) })
+		t.Cleanup(func() { _ = w.Forget(context.Background(), p.Instance) })
 		all = append(all, prepared{p.Instance, w.spawn(t, p.Cgroup).Process.Pid})
 	}
 	var wg sync.WaitGroup
@@ -669,7 +670,7 @@ func TestEndsAreToldOnceTheServerIsBack(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.Run(ctx) }()
-	if err := w.Ended(ctx, started.Instance); err != nil {
+	if err := w.Forget(ctx, started.Instance); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(50 * time.Millisecond)
@@ -684,4 +685,136 @@ func TestEndsAreToldOnceTheServerIsBack(t *testing.T) {
 	}
 	stop()
 	<-done
+}
+
+// A release while no agent runs must leave the workloads of the state as they are: they still run.
+func TestOfflineReleaseKeepsTheWorkloads(t *testing.T) {
+	w := newWorld(t)
+	started, _ := w.start(t, "orders")
+	off, err := machine.New(machine.Config{StateDir: w.config.StateDir, Offline: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := off.Release(t.Context(), "test", ""); err != nil {
+		t.Fatal(err)
+	}
+	w.restart(t)
+	if _, err := w.Workload(started.Instance); err != nil {
+		t.Errorf("the workload was forgotten: %v", err)
+	}
+	if w.Released() == nil || w.Status().Machine != "m1" {
+		t.Errorf("the release was lost: %+v", w.Status())
+	}
+}
+
+// What the server takes away is served no more.
+func TestAnIdentityThatWasTakenAwayIsServedNoMore(t *testing.T) {
+	w := newWorld(t)
+	started, cmd := w.start(t, "orders")
+	raw, _ := json.Marshal(fleet.Identity{Instance: started.Instance, ID: started.ID, Service: "orders", Machine: "m1"})
+	change := fleet.Change{Revision: 2, Kind: fleet.KindIdentity, Key: started.Instance, Payload: raw}
+	if err := w.Apply(t.Context(), []fleet.Change{change}, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Documents(t.Context(), cmd.Process.Pid, started.Cgroup); err != nil {
+		t.Fatal(err)
+	}
+	change.Revision, change.Deleted, change.Payload = 3, true, nil
+	if err := w.Apply(t.Context(), []fleet.Change{change}, false); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if docs, err := w.Documents(ctx, cmd.Process.Pid, started.Cgroup); err == nil {
+		t.Errorf("still served: %v", docs.SVIDs)
+	}
+}
+
+// A program whose first process ends, and leaves others running, is the same workload until they end.
+func TestADaemonKeepsItsIdentity(t *testing.T) {
+	w := newWorld(t)
+	started, cmd := w.start(t, "orders")
+	child := w.spawn(t, started.Cgroup)
+	_ = cmd.Process.Kill()
+	_, _ = cmd.Process.Wait()
+	if err := w.Ended(t.Context(), started.Instance); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Documents(t.Context(), child.Process.Pid, started.Cgroup); err != nil {
+		t.Errorf("the process that goes on lost its identity: %v", err)
+	}
+	if err := w.Forget(t.Context(), started.Instance); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Documents(t.Context(), child.Process.Pid, started.Cgroup); code(err) != "no-identity" {
+		t.Errorf("forgotten, yet: %v", err)
+	}
+}
+
+// A workload that started while nobody could say so is found by its cgroup, after a restart of the agent too.
+func TestAStartThatNobodyToldOfIsFound(t *testing.T) {
+	w := newWorld(t)
+	p, err := w.Prepare(t.Context(), machine.Registration{Service: "orders", UID: 65001, GID: 65001})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := w.spawn(t, p.Cgroup)
+	w.restart(t)
+	t.Cleanup(func() { _ = w.Forget(context.Background(), p.Instance) })
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.Run(ctx) }()
+	if err := w.Apply(ctx, []fleet.Change{{Revision: 1, Kind: fleet.KindBundle, Key: string(td), Payload: bundleOf(t, w.server)}}, true); err != nil {
+		t.Fatal(err)
+	}
+	docs, err := w.Documents(ctx, cmd.Process.Pid, p.Cgroup)
+	if err != nil || docs.SVIDs[0].ID != idOf("orders") {
+		t.Errorf("%v, %v", docs, err)
+	}
+	stop()
+	<-done
+}
+
+func bundleOf(t *testing.T, s *server) []byte {
+	t.Helper()
+	raw, err := json.Marshal(&identity.Bundle{TrustDomain: td, X509Authorities: []*x509.Certificate{s.ca}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// What is moved includes what was started meanwhile, and an enrollment that fails puts everything back.
+func TestEnrollMovesUntilNobodyIsLeftAndGivesBack(t *testing.T) {
+	w := newWorld(t)
+	old, err := w.Prepare(t.Context(), machine.Registration{Service: "old", UID: 65001, GID: 65001}) // a cgroup to be enrolled out of
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := w.spawn(t, old.Cgroup), w.spawn(t, old.Cgroup)
+	if err := w.Forget(t.Context(), old.Instance); err != nil {
+		t.Fatal(err)
+	}
+	rounds := [][]int{{one.Process.Pid}, {two.Process.Pid}, {}}
+	family := func() []int {
+		next := rounds[0]
+		rounds = rounds[1:]
+		return next
+	}
+	e := machine.Enrollment{Registration: machine.Registration{Service: "legacy"}, Cgroup: old.Cgroup, PIDs: []int{one.Process.Pid}, Move: family}
+	got, err := w.Enroll(t.Context(), e)
+	if err != nil || got.Moved != 2 || got.ID != idOf("legacy") {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	t.Cleanup(func() { _ = w.Forget(context.Background(), got.Instance) })
+	bad := e
+	bad.Cgroup, rounds = got.Cgroup, nil
+	bad.Move = func() []int { return []int{two.Process.Pid} } // never stable
+	if _, err := w.Enroll(t.Context(), bad); code(err) != "restless-processes" {
+		t.Errorf("got %v", err)
+	}
+	raw, _ := os.ReadFile("/proc/" + strconv.Itoa(two.Process.Pid) + "/cgroup")
+	if !strings.Contains(string(raw), got.Instance) {
+		t.Errorf("a failed enrollment did not put back: %s", raw)
+	}
 }

@@ -13,7 +13,9 @@ const Confinement = "run.confinement"
 
 // Protections tells the truth about every workload here. proofs are what probes proved on this machine (sandbox.Prove): a
 // workload started by redoubt run is enforced as of the last proof, and never without one.
-func (m *Machine) Protections(proofs []policy.Protection) []policy.Protection {
+//
+// doubts say of instances why what was proved in general does not hold of them.
+func (m *Machine) Protections(proofs []policy.Protection, doubts map[string]string) []policy.Protection {
 	proved, refuted := combined(proofs)
 	released := m.Released()
 	var out []policy.Protection
@@ -26,6 +28,11 @@ func (m *Machine) Protections(proofs []policy.Protection) []policy.Protection {
 		case w.How != ByRun:
 			p.State, p.Reason = policy.NotEnforceable, "it was running before Redoubt, which cannot confine a running process"
 			p.Change = "start it with redoubt run"
+		case w.PID == 0:
+			p.State, p.Reason, p.Change = policy.NotEnforceable, "it has not started yet", "nothing: it is about to"
+		case doubts[w.Instance] != "":
+			p.State, p.Reason = policy.NotEnforceable, doubts[w.Instance]
+			p.Change = "run it without --user, as a dynamic user that nobody else is"
 		case refuted != "":
 			p.State, p.Reason = policy.NotEnforceable, refuted
 			p.Change = "see redoubt doctor for what this machine lacks"

@@ -72,8 +72,15 @@ func (m *Machine) Apply(ctx context.Context, changes []fleet.Change, snapshot bo
 		if next.bundle != old.bundle || len(next.revocations)+len(old.revocations) > 0 {
 			w.touch()
 		}
-		if peer, ok := next.identities[w.Instance]; ok {
+		_, was := old.identities[w.Instance]
+		peer, is := next.identities[w.Instance]
+		switch {
+		case is:
 			m.assignLocked(w, peer)
+		case was && !w.ID.IsZero():
+			// The server took it away: nothing is served under it from now on, and the next report says why.
+			m.assignLocked(w, fleet.Identity{})
+			w.dirty = true
 		}
 	}
 	return m.saveLocked()

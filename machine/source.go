@@ -135,12 +135,13 @@ func (m *Machine) owner(ctx context.Context, pid int, cgroup string) (*workload,
 			Why: "its first process has not been attested yet", Do: "ask again",
 		}
 	}
-	if first == pid && time.Until(attestAt) < attestEvery-2*time.Second {
-		// The first process may have replaced its program since: facts are read again before they are relied on.
-		if err := m.attest(ctx, w, pid); err != nil {
+	if first != 0 && time.Until(attestAt) < attestEvery-2*time.Second {
+		// The first process may have replaced its program since: whoever asks, its facts are read again before they are
+		// relied on. One that has ended left the workload to the others.
+		if err := m.attest(ctx, w, first); err != nil && first == pid {
 			return nil, err
 		}
-		m.reportDue(ctx, false)
+		m.settle(ctx)
 	}
 	return w, nil
 }

@@ -51,6 +51,7 @@ func (m *Machine) saveLocked() error {
 		}
 		s.Bundle = raw
 	}
+	s.Workloads = append(s.Workloads, m.kept...)
 	for _, w := range m.workloads {
 		s.Workloads = append(s.Workloads, storedWorkload{w.Workload, w.ours})
 	}
@@ -116,6 +117,10 @@ func (m *Machine) load() error {
 	// Identities and endpoints of others are not kept: without them a resumed stream would have holes, so it begins anew.
 	m.view.Store(v)
 	m.released = s.Released
+	if m.cfg.Offline {
+		m.kept = s.Workloads
+		return nil
+	}
 	for _, stored := range s.Workloads {
 		m.readopt(stored)
 	}
@@ -131,13 +136,16 @@ func (m *Machine) readopt(stored storedWorkload) {
 	w.ours, w.PID, w.Start, w.Facts, w.Since = stored.Ours, stored.PID, stored.Start, stored.Facts, stored.Since
 	id, err := cgroupID(m.dir(w.Cgroup))
 	busy, perr := populated(m.dir(w.Cgroup))
-	if err != nil || perr != nil || id != w.CgroupID || !busy || w.PID == 0 {
-		if w.ours && w.How == ByRun && err == nil && !busy {
+	starting := w.PID == 0 && time.Since(w.Since) < startWithin // prepared, and about to start
+	if err != nil || perr != nil || id != w.CgroupID || !busy && !starting {
+		if w.ours && err == nil && !busy {
 			m.removeCgroup(w.Cgroup)
 		}
 		return
 	}
-	w.dirty = true
-	close(w.attested)
+	if w.PID != 0 {
+		w.dirty = true
+		close(w.attested)
+	}
 	m.workloads[w.Instance], m.byCgroup[w.Cgroup] = w, w
 }

@@ -152,13 +152,26 @@ func (m *Machine) Started(ctx context.Context, instance string, pid int) (Worklo
 		return Workload{}, err
 	}
 	m.emit(w, "workload.started")
-	m.reportDue(ctx, false)
-	m.renewDue(ctx)
+	m.settle(ctx)
 	return m.snapshot(w), nil
 }
 
-// Ended tells that a workload is over; its SVID is forgotten and its cgroup removed.
+// Ended tells that the first process of a workload is over. What it left running keeps the identity until it ends, too:
+// a program that becomes a daemon is still the workload.
 func (m *Machine) Ended(ctx context.Context, instance string) error {
+	w, err := m.find(instance)
+	if err != nil {
+		return err
+	}
+	if busy, err := populated(m.dir(w.Cgroup)); err == nil && busy {
+		return nil
+	}
+	m.remove(ctx, w)
+	return nil
+}
+
+// Forget ends the identity of a workload although it runs; its processes go on, as nobody.
+func (m *Machine) Forget(ctx context.Context, instance string) error {
 	w, err := m.find(instance)
 	if err != nil {
 		return err
@@ -173,8 +186,9 @@ type Enrollment struct {
 	Cgroup   string
 	CgroupID uint64
 	PIDs     []int // the first is attested
-	// Move lists processes to move into a cgroup of their own first; empty adopts the cgroup as it is.
-	Move []int
+	// Move, if not nil, tells which processes are to be moved into a cgroup of their own first; it is asked again until it
+	// tells of nobody. nil adopts the cgroup as it is.
+	Move func() []int
 }
 
 // Enroll adopts what already runs, without restarting it. Privileged is found, not asked: a workload that runs as uid 0 is.
@@ -188,37 +202,42 @@ func (m *Machine) Enroll(ctx context.Context, e Enrollment) (Workload, error) {
 	}
 	if uid, ok := first.Facts.Get(identity.FactUID); ok {
 		e.UID = uint32(uid.Value.(int64))
-		e.Privileged = e.UID == 0
+		e.Privileged = e.UID == 0 || m.cfg.Privileged != nil && m.cfg.Privileged(first.Cgroup)
 	}
 	if err := e.check(); err != nil {
 		return Workload{}, err
 	}
 	instance := identity.Unique("w")
 	cgroup, id, ours, moved := e.Cgroup, e.CgroupID, false, 0
-	if len(e.Move) > 0 {
-		if cgroup, id, err = m.makeCgroup(instance); err != nil {
-			return Workload{}, err
-		}
-		if moved, err = m.adopt(cgroup, e.Move); err != nil {
-			return Workload{}, err
-		}
-		ours = true
-	}
 	if !m.within(cgroup) {
 		return Workload{}, invalid("cgroup "+cgroup, "it is outside this machine's subtree "+m.cfg.Subtree, "ask the agent that owns it")
 	}
+	if e.Move != nil {
+		if cgroup, id, err = m.makeCgroup(instance); err != nil {
+			return Workload{}, err
+		}
+		ours = true
+		if moved, err = m.adopt(cgroup, e.Move); err != nil {
+			m.giveBack(cgroup, e.Cgroup)
+			return Workload{}, err
+		}
+	}
 	w := newWorkload(instance, e.Registration, ByEnroll, cgroup, id)
 	w.ours, w.Moved = ours, moved
-	if err := m.add(w); err != nil {
-		return Workload{}, err
+	if err = m.add(w); err == nil {
+		if err = m.attest(ctx, w, e.PIDs[0]); err != nil {
+			w.ours = false // giving back removes the cgroup
+			m.remove(ctx, w)
+		}
 	}
-	if err := m.attest(ctx, w, e.PIDs[0]); err != nil {
-		m.remove(ctx, w)
+	if err != nil {
+		if ours {
+			m.giveBack(cgroup, e.Cgroup)
+		}
 		return Workload{}, err
 	}
 	m.emit(w, "workload.enrolled")
-	m.reportDue(ctx, false)
-	m.renewDue(ctx)
+	m.settle(ctx)
 	return m.snapshot(w), nil
 }
 
@@ -286,8 +305,8 @@ func (m *Machine) remove(_ context.Context, w *workload) {
 		m.log.Error("the machine's state was not written", "error", err)
 	}
 	m.mu.Unlock()
-	if ours && w.How == ByRun {
-		m.removeCgroup(w.Cgroup)
+	if ours {
+		m.sweep(w.Cgroup)
 	}
 	m.tell(last, "workload.ended")
 	m.mu.Lock()

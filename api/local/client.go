@@ -34,6 +34,12 @@ func NewClient(path string) *Client {
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
 }
 
+// The time limits of calls: an agent that hangs must not hang whoever calls it, least of all the break-glass.
+const (
+	callWithin    = 60 * time.Second
+	releaseWithin = 10 * time.Second
+)
+
 // Close ends idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
@@ -67,6 +73,11 @@ func (c *Client) Ended(ctx context.Context, instance string) error {
 	return c.call(ctx, http.MethodPost, "/v1/workloads/"+url.PathEscape(instance)+"/ended", none{}, nil)
 }
 
+// Forget ends the identity of a workload that goes on.
+func (c *Client) Forget(ctx context.Context, instance string) error {
+	return c.call(ctx, http.MethodPost, "/v1/workloads/"+url.PathEscape(instance)+"/forget", none{}, nil)
+}
+
 // Enroll adopts what runs.
 func (c *Client) Enroll(ctx context.Context, in Enroll) (out machine.Workload, err error) {
 	return out, c.call(ctx, http.MethodPost, "/v1/enroll", in, &out)
@@ -89,6 +100,8 @@ func (c *Client) Decision(ctx context.Context, id policy.ID) (out *policy.Decisi
 
 // Release pulls or puts back the break-glass.
 func (c *Client) Release(ctx context.Context, in Release) (out *machine.Release, err error) {
+	ctx, cancel := context.WithTimeout(ctx, releaseWithin)
+	defer cancel()
 	return out, c.call(ctx, http.MethodPost, "/v1/release", in, &out)
 }
 
@@ -103,6 +116,8 @@ func (c *Client) Doctor(ctx context.Context) (out json.RawMessage, err error) {
 }
 
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
+	ctx, cancel := context.WithTimeout(ctx, callWithin)
+	defer cancel()
 	var body io.Reader
 	if in != nil {
 		raw, err := json.Marshal(in)
@@ -143,6 +158,13 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 func (c *Client) away(err error) error {
 	why, do := "nothing answers there: "+err.Error(), "start it with redoubt agent or redoubt dev, or name its data directory with --data"
 	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return &refusal.Error{
+			Kind: refusal.Unavailable, Code: "agent-hangs", What: "call the agent at " + c.path, Why: "it does not answer",
+			Do: "end its process (kill -9) and run the command again: redoubt release works without it", Err: err,
+		}
+	case errors.Is(err, context.Canceled):
+		why, do = "the call was interrupted", "run it again"
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		why = "no agent is running"
 	case errors.Is(err, fs.ErrPermission):

@@ -74,6 +74,9 @@ func (s *Server) routes() {
 	s.mux.Handle("POST /v1/workloads/{instance}/ended", handle(s, func(ctx context.Context, r *http.Request, _ none) (none, error) {
 		return none{}, m.Ended(ctx, r.PathValue("instance"))
 	}))
+	s.mux.Handle("POST /v1/workloads/{instance}/forget", handle(s, func(ctx context.Context, r *http.Request, _ none) (none, error) {
+		return none{}, m.Forget(ctx, r.PathValue("instance"))
+	}))
 	s.mux.Handle("POST /v1/enroll", handle(s, s.enroll))
 	s.mux.Handle("GET /v1/explain", handle(s, func(ctx context.Context, r *http.Request, _ none) (json.RawMessage, error) {
 		return s.cfg.Host.Explain(ctx, r.URL.Query().Get("name"))
@@ -133,7 +136,7 @@ func (s *Server) enroll(ctx context.Context, _ *http.Request, in Enroll) (machin
 				Do:  "leave out --stay: its processes are then moved, running, into a cgroup of their own",
 			}
 		}
-		e.Move = t.PIDs
+		e.Move = func() []int { return s.cfg.Host.Family(t) }
 	}
 	return s.cfg.Machine.Enroll(ctx, e)
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/redoubtsec/redoubt/api/client"
 	"github.com/redoubtsec/redoubt/policy/set"
+	"github.com/redoubtsec/redoubt/refusal"
 )
 
 func (c *cli) applyVerb() *cobra.Command {
@@ -27,6 +28,12 @@ func (c *cli) applyVerb() *cobra.Command {
 			files, _, left, err := readSet(dir)
 			if err != nil {
 				return err
+			}
+			if len(files) == 0 {
+				return &refusal.Error{
+					Kind: refusal.Invalid, Code: "no-files", What: "apply " + dir, Why: "there is no *.cedar, *.yaml or *.yml in it",
+					Do: "name another directory; redoubt rollback --to 0 puts the built-in set in force",
+				}
 			}
 			return c.withAPI(func(api *client.Client) error {
 				_, etag, err := api.PolicySet(cmd.Context())

@@ -114,7 +114,7 @@ func (c *cli) demo(ctx context.Context, once bool) (err error) {
 		}
 	}
 	if !once && ctx.Err() == nil {
-		_, _ = fmt.Fprintf(c.err, "serving on with --data %s: look deeper with the commands above; Ctrl-C ends it\n", data)
+		_, _ = fmt.Fprintf(c.err, "serving on; look deeper with redoubt get workloads, get decisions, doctor, audit verify (all with --data %s); Ctrl-C ends it\n", data)
 		<-ctx.Done()
 	}
 	if story.failed != "" {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/redoubtsec/redoubt/api/client"
 	"github.com/redoubtsec/redoubt/identity/ca"
+	"github.com/redoubtsec/redoubt/policy"
 	"github.com/redoubtsec/redoubt/refusal"
 )
 
@@ -289,7 +290,7 @@ func (c *cli) askVerb() *cobra.Command {
 		Short: "Ask for a decision: may this identity do this, to that, now?",
 		Long: "Asks the policy set in force, records the decision and prints it. Entities are TYPE:ID (Service:payments) or Cedar's\n" +
 			"TYPE::\"ID\"; Workload:NAME may name a service or an instance that is present: its facts are then those known. Actions are\n" +
-			"Net::connect. Exit 0 if it would go through, 1 if it is refused.",
+			"Net::connect. Exit 0 if it would go through, 1 if it is refused or cannot be decided.",
 		Args: cobra.ExactArgs(3),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			d, err := c.ask(cmd.Context(), args, context, instance, local)
@@ -299,8 +300,8 @@ func (c *cli) askVerb() *cobra.Command {
 			if err := c.show(d, func(w io.Writer) { explain(w, d) }); err != nil {
 				return err
 			}
-			if !d.Allowed() {
-				return exitStatus(exitFailed)
+			if !d.Allowed() || d.Explanation.Reason == policy.ReasonError {
+				return exitStatus(exitFailed) // what could not be decided is no permission, whatever the mode lets through
 			}
 			return nil
 		},

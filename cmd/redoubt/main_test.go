@@ -117,25 +117,8 @@ func TestREADME(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	data, err := os.MkdirTemp("", "redoubt-readme")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(data) })
-	// What the reader has: a program that was running before.
-	legacy := filepath.Join(filepath.Dir(binary), "legacy")
-	if out, err := exec.Command("cp", "/bin/sleep", legacy).CombinedOutput(); err != nil {
-		t.Fatalf("%v %s", err, out)
-	}
-	old := exec.Command(legacy, "120")
-	old.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65002, Gid: 65002}}
-	if err := old.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = old.Process.Kill(); _ = old.Wait() })
-
 	var script strings.Builder
-	script.WriteString("set -e\ntrap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n")
+	script.WriteString("set -e\ntrap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf \"$REDOUBT_DATA\"' EXIT\n")
 	commands := 0
 	for _, block := range regexp.MustCompile("(?s)```console\n(.*?)```").FindAllStringSubmatch(string(readme), -1) {
 		for line := range strings.Lines(block[1]) {
@@ -144,12 +127,12 @@ func TestREADME(t *testing.T) {
 				continue
 			}
 			commands++
-			command = strings.ReplaceAll(command, "/tmp/redoubt", data)
+			command = strings.ReplaceAll(command, "$PWD/bin", filepath.Dir(binary))
 			command = strings.ReplaceAll(command, "d-…", "$(redoubt get decisions --json | grep -o 'd-[0-9a-v]*' | head -1)")
 			script.WriteString("echo '+ " + strings.ReplaceAll(command, "'", `'\''`) + "'\n" + command + "\n")
 			switch {
 			case strings.Contains(command, "redoubt dev"):
-				script.WriteString("for i in $(seq 100); do [ -S " + data + "/agent/agent.sock ] && break; sleep 0.1; done\n")
+				script.WriteString("for i in $(seq 100); do [ -S $REDOUBT_DATA/agent/agent.sock ] && break; sleep 0.1; done\n")
 			case strings.HasSuffix(command, "&"):
 				script.WriteString("for i in $(seq 100); do redoubt get workloads | grep -q spiffe && break; sleep 0.1; done\n")
 			}

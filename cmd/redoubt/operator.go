@@ -52,6 +52,9 @@ func duration(flag, s string) (client.Duration, error) {
 	if err != nil {
 		return 0, usagef("--%s %q is not a duration such as 5m or PT5M", flag, s)
 	}
+	if d <= 0 {
+		return 0, usagef("--%s %q: it must be longer than nothing", flag, s)
+	}
 	return client.Duration(d), nil
 }
 

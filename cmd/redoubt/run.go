@@ -61,6 +61,7 @@ func (f *workloadFlags) parse() (map[string]string, []fleet.Listen, error) {
 func (c *cli) runVerb() *cobra.Command {
 	var w workloadFlags
 	var user, dir string
+	var env []string
 	var privileged bool
 	cmd := &cobra.Command{
 		Use:   "run --service NAME [flags] -- PROGRAM [ARG…]",
@@ -82,18 +83,19 @@ func (c *cli) runVerb() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.start(cmd.Context(), agent, prepared, args, dir)
+			return c.start(cmd.Context(), agent, prepared, args, dir, env)
 		},
 	}
 	w.register(cmd)
 	cmd.Flags().StringVar(&user, "user", "", "user to run as, by name or number (default: a dynamic one)")
+	cmd.Flags().StringArrayVar(&env, "env", nil, "pass the variable NAME on, or set NAME=VALUE; may be repeated (only PATH, locale, terminal and time zone are passed unasked)")
 	cmd.Flags().StringVar(&dir, "dir", "", "working directory (default: the present one if the user may enter it, else /)")
 	cmd.Flags().BoolVar(&privileged, "privileged", false, "keep capabilities and allow uid 0; the workload is then not enforceable")
 	return cmd
 }
 
 // start runs the program in the room that the agent prepared and waits for its end.
-func (c *cli) start(ctx context.Context, agent *local.Client, p local.Prepared, argv []string, dir string) error {
+func (c *cli) start(ctx context.Context, agent *local.Client, p local.Prepared, argv []string, dir string, env []string) error {
 	instance := p.Workload.Instance
 	defer func() {
 		// The agent would notice by itself within a second; this is faster, and its failure changes nothing.
@@ -110,7 +112,7 @@ func (c *cli) start(ctx context.Context, agent *local.Client, p local.Prepared, 
 	signal.Notify(signals, forwarded...)
 	defer signal.Stop(signals)
 	proc, err := sandbox.Start(ctx, sandbox.Spec{
-		Argv: argv, Env: environment(p), Dir: workingDir(dir, p.Workload.UID), Cgroup: filepath.Join(root, p.Workload.Cgroup),
+		Argv: argv, Env: environment(p, env), Dir: workingDir(dir, p.Workload.UID), Cgroup: filepath.Join(root, p.Workload.Cgroup),
 		UID: p.Workload.UID, GID: p.Workload.GID, Privileged: p.Workload.Privileged,
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 	})
@@ -118,14 +120,8 @@ func (c *cli) start(ctx context.Context, agent *local.Client, p local.Prepared, 
 		_ = c.report(err)
 		return exitStatus(sandbox.ExitStatus(err))
 	}
-	w, err := agent.Started(ctx, instance, proc.PID())
-	switch {
-	case err != nil && !ended(err):
-		_, _ = fmt.Fprintln(c.err, "redoubt: the program runs without an identity: "+err.Error())
-	case err == nil:
-		c.announce(w)
-	}
 	done := make(chan struct{})
+	defer close(done)
 	go func() {
 		for {
 			select {
@@ -136,8 +132,17 @@ func (c *cli) start(ctx context.Context, agent *local.Client, p local.Prepared, 
 			}
 		}
 	}()
+	// An interrupt is the program's, not this call's.
+	telling, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+	w, err := agent.Started(telling, instance, proc.PID())
+	cancel()
+	switch {
+	case err != nil && !ended(err):
+		_, _ = fmt.Fprintln(c.err, "redoubt: the program runs without an identity: "+err.Error())
+	case err == nil:
+		c.announce(w)
+	}
 	exit, err := proc.Wait()
-	close(done)
 	if err != nil {
 		return err
 	}
@@ -150,7 +155,7 @@ func (c *cli) start(ctx context.Context, agent *local.Client, p local.Prepared, 
 // ended reports whether a process could not be attested because it is over already: a short program is no failure.
 func ended(err error) bool {
 	r := refusal.As(err)
-	return r != nil && (r.Code == "process-gone" || r.Code == "unknown-workload")
+	return r != nil && r.Code == "process-gone"
 }
 
 func (c *cli) announce(w machine.Workload) {
@@ -162,11 +167,29 @@ func (c *cli) announce(w machine.Workload) {
 	}
 }
 
-// environment is ours without what is ours alone, with the Workload API's address.
-func environment(p local.Prepared) []string {
-	env := slices.DeleteFunc(os.Environ(), func(kv string) bool {
-		return strings.HasPrefix(kv, "REDOUBT_") || strings.HasPrefix(kv, "SPIFFE_ENDPOINT_SOCKET=")
-	})
+// passed are the variables that a workload gets of the operator's: what programs need to run at all. The rest may be
+// secrets (cloud credentials, tokens) and is given by name, with --env.
+var passed = []string{"PATH", "LANG", "LANGUAGE", "TERM", "TZ", "COLORTERM", "NO_COLOR"}
+
+// environment is what a workload gets: the variables passed, those asked for, and the Workload API's address.
+func environment(p local.Prepared, asked []string) []string {
+	env := []string{"HOME=/", "SHELL=/bin/sh"}
+	for _, kv := range os.Environ() {
+		name, _, _ := strings.Cut(kv, "=")
+		if slices.Contains(passed, name) || strings.HasPrefix(name, "LC_") {
+			env = append(env, kv)
+		}
+	}
+	for _, a := range asked {
+		if !strings.Contains(a, "=") {
+			value, ok := os.LookupEnv(a)
+			if !ok {
+				continue
+			}
+			a += "=" + value
+		}
+		env = append(env, a)
+	}
 	return append(env, "SPIFFE_ENDPOINT_SOCKET="+p.Socket, "REDOUBT_WORKLOAD="+p.Workload.Instance)
 }
 
@@ -250,7 +273,7 @@ func (c *cli) workloadVerb() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			agent := c.agent()
 			defer agent.Close()
-			return agent.Ended(cmd.Context(), args[0])
+			return agent.Forget(cmd.Context(), args[0])
 		},
 	})
 	return cmd

@@ -238,7 +238,6 @@ func (s *story) truth(ctx context.Context) error {
 		Name: "audit log verifies from its files alone", Phase: "truth", Layer: "access", Mode: policy.Enforce, Expected: "through", Got: got,
 		Evidence: fmt.Sprintf("%d leaves checked, %d findings", report.Checked, len(report.Findings)),
 	})
-	s.say("\n  look deeper: redoubt get workloads · redoubt get decisions · redoubt doctor · redoubt audit verify (all with --data %s)", s.data)
 	return nil
 }
 
@@ -263,7 +262,7 @@ func (s *story) launch(ctx context.Context, service string, privileged bool, std
 		return nil, p.Workload, err
 	}
 	proc, err := sandbox.Start(ctx, sandbox.Spec{
-		Argv: append([]string{binary, "demo", "attack"}, args...), Env: environment(p), Cgroup: filepath.Join(root, p.Workload.Cgroup),
+		Argv: append([]string{binary, "demo", "attack"}, args...), Env: environment(p, nil), Cgroup: filepath.Join(root, p.Workload.Cgroup),
 		UID: p.Workload.UID, GID: p.Workload.GID, Privileged: privileged, Stdout: stdout, Stderr: os.Stderr,
 	})
 	if err != nil {
@@ -298,7 +297,7 @@ func (s *story) curtain(ctx context.Context) {
 	for i, proc := range s.actors {
 		_ = proc.Signal(os.Kill)
 		_, _ = proc.Wait()
-		_ = agent.Ended(context.WithoutCancel(ctx), s.names[i])
+		_ = agent.Forget(context.WithoutCancel(ctx), s.names[i])
 	}
 	_ = os.RemoveAll(s.binaryDir())
 }
