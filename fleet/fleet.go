@@ -56,7 +56,7 @@ type Config struct {
 	MaxTokens    int // outstanding; default 1,000
 	MaxWithdrawn int // revocations, and as many quarantines; default 10,000
 	KeepChanges  int // revisions that an agent may be behind before it gets a snapshot; default 16,384
-	KeepEvents   int // default 200,000
+	KeepEvents   int // of all machines, which share them; default 200,000
 
 	Meter  event.Meter      // nil: event.NoMeter
 	Logger *slog.Logger     // nil: discards
@@ -125,6 +125,7 @@ type Fleet struct {
 	isolate withdrawals[Quarantine]
 	accused map[string]time.Time // machine → when an overreach of it was last put into the audit log
 	shot    *Snapshot            // the last one taken
+	buckets map[string]bucket    // of events, by machine
 	due     map[subject]string   // whose workloads must follow a withdrawal → the instance after which to go on
 
 	shoot    sync.Mutex    // one snapshot is taken at a time
@@ -173,7 +174,7 @@ func Open(ctx context.Context, cfg Config) (*Fleet, error) {
 	f := &Fleet{
 		cfg: cfg, meter: cfg.Meter, log: cfg.Logger, emit: make(chan event.Event, emitQueue),
 		changed: make(chan struct{}), told: make(chan struct{}), accused: map[string]time.Time{},
-		due: map[subject]string{}, hurry: make(chan struct{}, 1), catching: make(chan struct{}, 1),
+		buckets: map[string]bucket{}, due: map[subject]string{}, hurry: make(chan struct{}, 1), catching: make(chan struct{}, 1),
 	}
 	if err := f.load(ctx); err != nil {
 		return nil, fmt.Errorf("open fleet: %w", err)

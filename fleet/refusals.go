@@ -44,6 +44,7 @@ var (
 	ErrWithdrawals = &refusal.Error{Code: "withdrawals-exhausted"}
 	ErrUnknown     = &refusal.Error{Code: "unknown-id"}
 	ErrEvents      = &refusal.Error{Code: "malformed-events"}
+	ErrEventRate   = &refusal.Error{Code: "events-too-fast"}
 	ErrDecision    = &refusal.Error{Code: "decision-unknown"}
 
 	// ErrState: the store failed in a way that leaves open what was done; nothing is answered until it has been read again.

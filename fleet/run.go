@@ -271,7 +271,7 @@ func (f *Fleet) expire(ctx context.Context, now time.Time) error {
 
 // prune deletes workloads long gone, tokens long used, changes long superseded, and events beyond those kept.
 func (f *Fleet) prune(ctx context.Context, now time.Time) error {
-	var tokens, changes, events int
+	var tokens, changes int
 	var workloads []string
 	err := f.update(ctx, func(u *unit) (err error) {
 		if workloads, err = u.Workloads.DeleteGone(ctx, "", now.Add(-f.cfg.KeepGone), sweepLimit); err != nil {
@@ -283,7 +283,7 @@ func (f *Fleet) prune(ctx context.Context, now time.Time) error {
 		if tokens, err = u.Tokens.DeleteTokens(ctx, now.Add(-f.cfg.KeepTokens), sweepLimit); err != nil {
 			return err
 		}
-		if events, err = u.Events.Trim(ctx, f.cfg.KeepEvents, 10*sweepLimit); err != nil {
+		if _, err = f.trim(ctx, u.Events, 10*sweepLimit); err != nil {
 			return err
 		}
 		floor, latest, err := u.Changes.Bounds(ctx)
@@ -301,6 +301,6 @@ func (f *Fleet) prune(ctx context.Context, now time.Time) error {
 	f.meter.Count("fleet_pruned", int64(len(workloads)), "kind", "workload")
 	f.meter.Count("fleet_pruned", int64(tokens), "kind", "token")
 	f.meter.Count("fleet_pruned", int64(changes), "kind", "change")
-	f.meter.Count("fleet_events_trimmed", int64(events))
+	f.forgetBuckets(now)
 	return nil
 }

@@ -134,8 +134,9 @@ type EventStore interface {
 	Stream(ctx context.Context, machine string) (EventStream, error)
 	// PutStream inserts or replaces by machine.
 	PutStream(ctx context.Context, s EventStream) error
-	// Trim deletes the oldest events (at most limit) until keep are left, and says how many it deleted.
-	Trim(ctx context.Context, keep, limit int) (int, error)
+	// Trim deletes events (at most limit) until keep are left, and says how many it deleted: always the oldest of the
+	// machine with the greatest [Share.Weight], as [Share.Cut] says, so that one that tells much drives out only itself.
+	Trim(ctx context.Context, keep, reserve, limit int) (int, error)
 }
 
 // AuditStore takes audit records: each is a leaf of the audit log (store/sqlite puts it into the outbox).

@@ -394,13 +394,49 @@ func (t *transaction) PutStream(_ context.Context, s fleet.EventStream) error {
 	return t.write(func() { t.streams.put(s.Machine, s) })
 }
 
-func (t *transaction) Trim(_ context.Context, keep, limit int) (int, error) {
-	n := 0
+func (t *transaction) Trim(_ context.Context, keep, reserve, limit int) (int, error) {
+	deleted := 0
 	err := t.write(func() {
-		n = max(0, min(len(t.events)-keep, limit))
-		t.events = slices.Clone(t.events[n:])
+		for {
+			excess := min(len(t.events)-keep, limit-deleted)
+			if excess <= 0 {
+				return
+			}
+			first, second := t.heaviest(reserve)
+			decisions, n := first.Cut(reserve, second, excess)
+			deleted += n
+			t.events = slices.DeleteFunc(slices.Clone(t.events), func(e fleet.StoredEvent) bool {
+				if n > 0 && e.Machine == first.Machine && (e.Event.Decision != "") == decisions {
+					n--
+					return true
+				}
+				return false
+			})
+		}
 	})
-	return n, err
+	return deleted, err
+}
+
+// heaviest returns the heaviest share, and the weight of the next.
+func (t *transaction) heaviest(reserve int) (fleet.Share, int) {
+	shares := map[string]fleet.Share{}
+	for _, e := range t.events {
+		s := shares[e.Machine]
+		s.Machine = e.Machine
+		if e.Event.Decision != "" {
+			s.Decisions++
+		} else {
+			s.Others++
+		}
+		shares[e.Machine] = s
+	}
+	list := slices.SortedFunc(maps.Values(shares), func(a, b fleet.Share) int {
+		return cmp.Or(cmp.Compare(b.Weight(reserve), a.Weight(reserve)), cmp.Compare(a.Machine, b.Machine))
+	})
+	if len(list) == 1 {
+		return list[0], 0
+	}
+	return list[0], list[1].Weight(reserve)
 }
 
 func (t *transaction) PutRecord(_ context.Context, r event.Record) error {

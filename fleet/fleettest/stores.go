@@ -37,6 +37,7 @@ func TestStores(t *testing.T, open func(t *testing.T) fleet.Store) {
 		{"events", testEvents},
 		{"streams", testStreams},
 		{"trimming", testTrim},
+		{"trimming takes from who has most", testTrimShares},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, open(t)) })
 	}
@@ -585,7 +586,7 @@ func testTrim(t *testing.T, s fleet.Store) {
 	trim := func(keep, limit, want int) {
 		t.Helper()
 		update(t, s, func(ctx context.Context, tx fleet.Tx) error {
-			n, err := tx.Events.Trim(ctx, keep, limit)
+			n, err := tx.Events.Trim(ctx, keep, 0, limit)
 			equal(t, fmt.Sprintf("Trim(%d, %d)", keep, limit), n, want)
 			return err
 		})
@@ -602,4 +603,65 @@ func testTrim(t *testing.T, s fleet.Store) {
 	})
 	trim(0, 9, 3)
 	add()
+}
+
+func testTrimShares(t *testing.T, s fleet.Store) {
+	add := func(machine string, n int, decision policy.ID) {
+		update(t, s, func(ctx context.Context, tx fleet.Tx) error {
+			for i := range n {
+				_, err := tx.Events.AppendEvent(ctx, fleet.StoredEvent{Machine: machine, Event: event.Event{
+					ID: "e", Time: at(i), Layer: event.Control, Kind: "k", Decision: decision, Message: fmt.Sprint(i),
+				}})
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	trim := func(keep, reserve, limit, want int) {
+		t.Helper()
+		update(t, s, func(ctx context.Context, tx fleet.Tx) error {
+			n, err := tx.Events.Trim(ctx, keep, reserve, limit)
+			equal(t, fmt.Sprintf("Trim(%d, %d, %d)", keep, reserve, limit), n, want)
+			return err
+		})
+	}
+	left := func() string {
+		counts := map[string]int{}
+		view(t, s, func(ctx context.Context, tx fleet.Tx) error {
+			list, err := tx.Events.Events(ctx, fleet.EventQuery{Limit: 10_000})
+			for _, e := range list {
+				if e.Event.Decision != "" {
+					counts[e.Machine+"/decision"]++
+				} else {
+					counts[e.Machine]++
+				}
+			}
+			return err
+		})
+		return fmt.Sprint(counts)
+	}
+	add("quiet", 5, "")
+	add(fleet.ServerMachine, 100, "")
+	add("loud", 100, "d-1")
+	add("loud", 600, "")
+	trim(800, 100, 1000, 5)
+	equal(t, "only the loud one loses, and not its decisions", left(), "map[loud:595 loud/decision:100 quiet:5 server:100]")
+	trim(400, 100, 50, 50)
+	trim(305, 100, 1000, 445)
+	equal(t, "decisions and others alike", left(), "map[loud:100 loud/decision:100 quiet:5 server:100]")
+	add("loud", 300, "d-2")
+	trim(305, 100, 1000, 300)
+	equal(t, "nor do decisions drive out the others", left(), "map[loud:100 loud/decision:100 quiet:5 server:100]")
+	trim(105, 100, 1000, 200)
+	equal(t, "the reserve", left(), "map[quiet:5 server:100]")
+	trim(55, 50, 1000, 50)
+	equal(t, "what is above the reserve", left(), "map[quiet:5 server:50]")
+	view(t, s, func(ctx context.Context, tx fleet.Tx) error {
+		list, err := tx.Events.Events(ctx, fleet.EventQuery{Limit: 1, Machine: fleet.ServerMachine})
+		equal(t, "the oldest go", list[0].Event.Message, "50")
+		return err
+	})
+	trim(0, 0, 1000, 55)
 }

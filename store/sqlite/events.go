@@ -1,15 +1,17 @@
 package sqlite
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
+	"slices"
 
 	"github.com/redoubtsec/redoubt/event"
 	"github.com/redoubtsec/redoubt/fleet"
 )
 
-// events is the [fleet.EventStore]. The oldest are trimmed only, so that what is kept is one run of positions.
+// events is the [fleet.EventStore]. How many each machine has is counted by triggers.
 type events struct{ tx *tx }
 
 func (s events) AppendEvent(ctx context.Context, e fleet.StoredEvent) (fleet.StoredEvent, error) {
@@ -92,7 +94,48 @@ func (s events) PutStream(ctx context.Context, st fleet.EventStream) error {
 	return err
 }
 
-func (s events) Trim(ctx context.Context, keep, limit int) (int, error) {
-	return s.tx.exec(ctx, `DELETE FROM events WHERE position IN
-		(SELECT position FROM events WHERE position <= (SELECT max(position) FROM events) - ? ORDER BY position LIMIT ?)`, max(keep, 0), limit)
+func (s events) Trim(ctx context.Context, keep, reserve, limit int) (int, error) {
+	deleted := 0
+	for {
+		total, err := s.tx.count(ctx, "SELECT n FROM event_total")
+		if err != nil {
+			return deleted, err
+		}
+		excess := min(total-max(keep, 0), limit-deleted)
+		if excess <= 0 {
+			return deleted, nil
+		}
+		first, second, err := s.heaviest(ctx, reserve)
+		if err != nil {
+			return deleted, err
+		}
+		decisions, n := first.Cut(reserve, second, excess)
+		n, err = s.tx.exec(ctx, `DELETE FROM events WHERE position IN
+			(SELECT position FROM events WHERE machine = ? AND (decision <> '') = ? ORDER BY position LIMIT ?)`, first.Machine, decisions, n)
+		if err != nil {
+			return deleted, err
+		}
+		if n == 0 {
+			return deleted, errors.New("database: the shares of events do not fit the events")
+		}
+		deleted += n
+	}
+}
+
+// heaviest returns the heaviest share, and the weight of the next.
+func (s events) heaviest(ctx context.Context, reserve int) (first fleet.Share, second int, err error) {
+	scan := func(scan func(...any) error) (x fleet.Share, err error) {
+		err = scan(&x.Machine, &x.Decisions, &x.Others)
+		return x, err
+	}
+	// The two heaviest are among these: the reserve makes only the server lighter.
+	list, err := collect(ctx, s.tx, scan, "SELECT machine, decisions, others FROM event_shares ORDER BY decisions + others DESC LIMIT 3")
+	if err != nil || len(list) == 0 {
+		return first, 0, err
+	}
+	slices.SortStableFunc(list, func(a, b fleet.Share) int { return cmp.Compare(b.Weight(reserve), a.Weight(reserve)) })
+	if len(list) > 1 {
+		second = list[1].Weight(reserve)
+	}
+	return list[0], second, nil
 }
