@@ -7,7 +7,7 @@
 //
 // Trust: the server believes of a certificate what it verified itself, on every call: chain against the bundle now, key
 // against the one registered, and that nothing of it is revoked. Every message of an agent is attacker-controlled and
-// bounded. The client trusts the server whose root it was given; it sends nothing to any other.
+// bounded, and so are connections: a few seconds and few places for those who show no good certificate. The client trusts the server whose root it was given; it sends nothing to any other.
 //
 // Source: RFC 8446; X509-SVID 1.0; RFC 5280.
 package agent

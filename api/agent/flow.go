@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 
 	"github.com/redoubtsec/redoubt/api/agent/agentpb"
@@ -73,6 +72,9 @@ func (e *entered) Context() context.Context { return e.ctx }
 func (s *Server) enter(ctx context.Context, method string) (_ context.Context, leave func(), err error) {
 	if method == agentpb.Agent_Time_FullMethodName || method == agentpb.Agent_Join_FullMethodName {
 		leave, err := s.admit("")
+		if err == nil && method == agentpb.Agent_Join_FullMethodName {
+			leave = both(leave, connOf(ctx).join())
+		}
 		return ctx, leave, err
 	}
 	renewal := method == agentpb.Agent_Renew_FullMethodName
@@ -84,10 +86,18 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, l
 		if err := s.cfg.Fleet.Authenticate(ctx, c.machine, c.spki); err != nil {
 			return ctx, nil, err
 		}
+		if !connOf(ctx).proven(c.machine) {
+			return ctx, nil, refuse(ErrBusy, refusal.Exhausted, "connection to the agent API", "this machine has too many", "try again in a while")
+		}
 	}
 	leave, err = s.admit(c.machine)
+	if err == nil && renewal {
+		leave = both(leave, connOf(ctx).join())
+	}
 	return context.WithValue(ctx, callerKey{}, c), leave, err
 }
+
+func both(first, second func()) func() { return func() { first(); second() } }
 
 const joinAnew = "join with a token made with redoubt token create"
 
@@ -98,11 +108,14 @@ func (s *Server) identify(ctx context.Context, ended bool) (caller, error) {
 	if !ok {
 		return caller{}, errors.New("agent API: a call without a peer")
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	info, ok := p.AuthInfo.(shown)
 	if !ok {
 		return caller{}, errors.New("agent API: a call without TLS")
 	}
-	certs := info.State.PeerCertificates
+	return s.verify(info.State.PeerCertificates, ended)
+}
+
+func (s *Server) verify(certs []*x509.Certificate, ended bool) (caller, error) {
 	if len(certs) == 0 {
 		return caller{}, refuse(ErrNoCertificate, refusal.Unproven, "agent", "it shows no certificate", joinAnew)
 	}

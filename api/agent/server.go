@@ -31,12 +31,13 @@ type ServerConfig struct {
 	// GetCertificate returns the server's own X509-SVID, of [fleet.ServerID]; the roots are added to it here.
 	GetCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 
-	MaxConnections int           // default 20,000
+	MaxConnections int           // default 20,000, or fewer if the process may not have as many files open
 	MaxAnonymous   int           // calls at once without a certificate (joining); default 64
 	MaxCalls       int           // calls at once of one machine, streams included; default 64
 	Heartbeat      time.Duration // of idle streams; default 15 s
 	Window         int           // messages that a stream may have unacknowledged; default 32
 	SlowAfter      time.Duration // how long an agent may leave them so; default 30 s
+	ProvenWithin   time.Duration // for a connection to show whose it is; default 10 s
 
 	Meter  event.Meter      // nil: event.NoMeter
 	Logger *slog.Logger     // nil: discards
@@ -89,12 +90,13 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if cfg.TrustDomain == "" || cfg.Fleet == nil || cfg.Bundle == nil || cfg.GetCertificate == nil {
 		return nil, errors.New("agent API: ServerConfig.TrustDomain, Fleet, Bundle and GetCertificate are needed")
 	}
-	cfg.MaxConnections = cmp.Or(cfg.MaxConnections, DefaultMaxConnections)
+	cfg.MaxConnections = cmp.Or(cfg.MaxConnections, roomFor(descriptors()))
 	cfg.MaxAnonymous = cmp.Or(cfg.MaxAnonymous, DefaultMaxAnonymous)
 	cfg.MaxCalls = cmp.Or(cfg.MaxCalls, DefaultMaxCalls)
 	cfg.Heartbeat = cmp.Or(cfg.Heartbeat, DefaultHeartbeat)
 	cfg.Window = cmp.Or(cfg.Window, DefaultWindow)
 	cfg.SlowAfter = cmp.Or(cfg.SlowAfter, DefaultSlowAfter)
+	cfg.ProvenWithin = cmp.Or(cfg.ProvenWithin, provenWithin)
 	if cfg.Meter == nil {
 		cfg.Meter = event.NoMeter
 	}
@@ -110,21 +112,32 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}, nil
 }
 
+// roomFor returns how many connections fit into the descriptors of a process, which needs some for other things. 0 is not
+// known.
+func roomFor(descriptors uint64) int {
+	if descriptors == 0 {
+		return DefaultMaxConnections
+	}
+	return int(min(DefaultMaxConnections, descriptors-min(reservedDescriptors, descriptors/2)))
+}
+
 // Serve answers agents on a listener, which it closes, until ctx ends; calls in progress then have five seconds, and
 // streams are ended with a reason. It returns nil when ctx has ended. A Server serves once.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	g := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(serverTLS(s.cfg.GetCertificate, s.cfg.Bundle))),
+		grpc.Creds(shaking{credentials.NewTLS(serverTLS(s.cfg.GetCertificate, s.cfg.Bundle)), s}),
 		grpc.UnaryInterceptor(s.unary), grpc.StreamInterceptor(s.stream),
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxSendMsgSize(maxResponseBytes), grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(uint32(min(s.cfg.MaxCalls, 1<<16))), grpc.ConnectionTimeout(handshakeWithin),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			Time: 20 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: idleWithin,
+		}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
 	agentpb.RegisterAgentServer(g, s)
 	ended := make(chan error, 1)
 	go func() {
-		ended <- g.Serve(&limited{Listener: l, meter: s.meter, free: make(chan struct{}, s.cfg.MaxConnections)})
+		ended <- g.Serve(newConnections(l, s.meter, s.cfg.MaxConnections, s.cfg.ProvenWithin))
 	}()
 	select {
 	case err := <-ended:
@@ -139,40 +152,6 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	return nil
-}
-
-// limited bounds the connections of a listener: one too many is closed at once, and counted.
-type limited struct {
-	net.Listener
-	meter event.Meter
-	free  chan struct{}
-}
-
-func (l *limited) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.free <- struct{}{}:
-			return &counted{Conn: c, free: l.free}, nil
-		default:
-			l.meter.Count("agentapi_connections_refused", 1)
-			_ = c.Close()
-		}
-	}
-}
-
-type counted struct {
-	net.Conn
-	free chan struct{}
-	once sync.Once
-}
-
-func (c *counted) Close() error {
-	c.once.Do(func() { <-c.free })
-	return c.Conn.Close()
 }
 
 // Time implements redoubt.agent.v1.
