@@ -21,26 +21,43 @@ import (
 func TestConnectionsAreBounded(t *testing.T) {
 	for _, bound := range []struct {
 		name, counter, says string
+		own, others         int // connections held by this process, and by others of its user
 		config              workload.Config
 	}{
-		{"of a process", "process-connections", "this process has 2 connections open, which is the limit of one process; share one connection", workload.Config{MaxConnsPerProcess: 2}},
-		{"of a user", "user-connections", "has 2 connections open, which is the limit of one user; ", workload.Config{MaxConnsPerUser: 2}},
-		{"in total", "connections", "2 connections are open, which is the limit of this machine; ", workload.Config{MaxConns: 2}},
+		{"of a process", "process-connections", "this process has 2 connections open, which is the limit of one process; share one connection", 2, 0, workload.Config{MaxConnsPerProcess: 2}},
+		{"of a user", "user-connections", "has 2 connections open, which is the limit of one user; ", 1, 1, workload.Config{MaxConnsPerUser: 2}},
+		{"in total", "connections", "2 connections are open, which is the limit of this machine; ", 0, 0, workload.Config{MaxConns: 2}},
 	} {
 		t.Run(bound.name, func(t *testing.T) {
 			b := newBoard(t)
 			b.grant(ownCgroup(t), serviceID(t, "orders"))
 			bound.config.Source = b
 			e := serve(t, bound.config)
-			held := []net.Conn{hold(t, e.socket), hold(t, e.socket)}
+			give := func() {}
+			for range bound.others {
+				p := run(t, "watch", "", e.socket)
+				p.next(t)
+				give = p.end
+			}
+			for uid := range uint32(bound.config.MaxConns) { // each user has one place at most
+				p := runAs(t, 61990+uid, "watch", e.socket)
+				p.next(t)
+				give = p.end
+			}
+			for range bound.own {
+				c := hold(t, e.socket)
+				give = func() { _ = c.Close() }
+			}
 			client, ctx := dial(t, e.socket)
 			_, err := client.FetchJWTSVID(ctx, &gen.JWTSVIDRequest{Audience: []string{"a"}})
 			wantStatus(t, err, codes.ResourceExhausted, bound.says)
 			if e.meter.get("workloadapi_refused reason "+bound.counter) == 0 {
 				t.Error("not counted")
 			}
-			_ = held[0].Close()
-			e.meter.await(t, "workloadapi_refused reason handshake", 1)
+			give()
+			if bound.own > 0 {
+				e.meter.await(t, "workloadapi_refused reason handshake", 1)
+			}
 			for range 50 {
 				if _, err = client.FetchJWTSVID(ctx, &gen.JWTSVIDRequest{Audience: []string{"a"}}); err == nil {
 					return
@@ -49,6 +66,19 @@ func TestConnectionsAreBounded(t *testing.T) {
 			}
 			t.Errorf("a place was given back, yet: %v", err)
 		})
+	}
+}
+
+// Where the total is small, because the agent may open few files, no user gets more than a quarter of it.
+func TestOneUserCannotTakeEveryPlace(t *testing.T) {
+	b := newBoard(t)
+	b.grant(ownCgroup(t), serviceID(t, "orders"))
+	e := serve(t, workload.Config{Source: b, MaxConns: 8, HandshakeTimeout: time.Minute})
+	if got := runAs(t, 61990, "flood", e.socket, "20").next(t); got.Open != 2 || got.Refused != 18 {
+		t.Errorf("%d connections of one user are open and %d refused, want 2 and 18", got.Open, got.Refused)
+	}
+	if other := run(t, "watch", "", e.socket).next(t); other.ID != "spiffe://example.test/service/orders" {
+		t.Errorf("another user gets %+v", other)
 	}
 }
 

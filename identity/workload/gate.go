@@ -19,7 +19,7 @@ var ErrTooManyConnections = &refusal.Error{Code: "too-many-connections"}
 
 // gate counts the open connections.
 type gate struct {
-	max, maxUser, maxProcess int
+	max, maxUser, maxProcess, maxRefusing int
 
 	mu       sync.Mutex
 	total    int
@@ -31,7 +31,8 @@ type gate struct {
 func newGate(c Config) *gate {
 	return &gate{
 		max: c.MaxConns, maxUser: c.MaxConnsPerUser, maxProcess: c.MaxConnsPerProcess,
-		process: map[int]int{}, user: map[uint32]int{},
+		maxRefusing: min(maxRefusing, c.MaxConns), // a refused connection takes descriptors too
+		process:     map[int]int{}, user: map[uint32]int{},
 	}
 }
 
@@ -81,7 +82,7 @@ func (g *gate) leave(pid int, uid uint32) {
 func (g *gate) refuse() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.refusing >= maxRefusing {
+	if g.refusing >= g.maxRefusing {
 		return false
 	}
 	g.refusing++

@@ -242,6 +242,28 @@ func run(t *testing.T, role, cgroup string, args ...string) *program {
 	return startIn(t, cmd, cgroup)
 }
 
+// runAs is run as another user, of a copy of the test binary that it can execute, in the cgroup of the test.
+func runAs(t *testing.T, uid uint32, role string, args ...string) *program {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can start processes of other users")
+	}
+	dir, err := os.MkdirTemp("", "r")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	path := filepath.Join(dir, "own")
+	code, err := os.ReadFile(os.Args[0])
+	if err = errors.Join(err, os.Chmod(dir, 0o711), os.WriteFile(path, code, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(path, args...)
+	cmd.Dir, cmd.Env = "/", append(os.Environ(), roleVariable+"="+role)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	return startIn(t, cmd, "")
+}
+
 func startIn(t *testing.T, cmd *exec.Cmd, cgroup string) *program {
 	t.Helper()
 	if cgroup != "" {

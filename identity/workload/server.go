@@ -42,7 +42,8 @@ type Config struct {
 	Method     Method
 
 	// MaxConns bounds the connections open at once: in total, of one user and of one process. The total is lowered to a
-	// quarter of the files that this process may open, as a connection takes two.
+	// quarter of the files that this process may open, as a connection takes two; that of a user to a quarter of the
+	// total, so that none can take the places of all others; that of a process to that of its user.
 	MaxConns, MaxConnsPerUser, MaxConnsPerProcess int
 	// MaxStreams bounds the calls in progress on one connection.
 	MaxStreams int
@@ -76,6 +77,8 @@ func New(c Config) *Server {
 	orDefault(&c.MaxConnsPerProcess, DefaultMaxConnsPerProcess)
 	orDefault(&c.MaxStreams, DefaultMaxStreams)
 	c.MaxConns = min(c.MaxConns, max(descriptors()/4, 1))
+	c.MaxConnsPerUser = min(c.MaxConnsPerUser, max(c.MaxConns/4, 1))
+	c.MaxConnsPerProcess = min(c.MaxConnsPerProcess, c.MaxConnsPerUser)
 	if c.HandshakeTimeout <= 0 {
 		c.HandshakeTimeout = DefaultHandshakeTimeout
 	}
