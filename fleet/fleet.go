@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redoubtsec/redoubt/event"
@@ -98,7 +99,6 @@ const (
 
 	tailChanges   = 4_096    // changes kept in memory for agents that follow closely
 	tailBytes     = 16 << 20 // of payload
-	emitQueue     = 1_024    // the server's own events, waiting to be stored
 	reissuePage   = 200      // workloads re-evaluated in one transaction
 	sweepEvery    = 20 * time.Second
 	touchWorkload = 5 * time.Minute // how stale Workload.Seen may be
@@ -109,7 +109,10 @@ type Fleet struct {
 	cfg   Config
 	meter event.Meter
 	log   *slog.Logger
-	emit  chan event.Event
+
+	emit    chan event.Event // the server's own events, waiting to be stored
+	routine chan event.Event // and those that may not crowd them out
+	dropped atomic.Uint64
 
 	// write serializes updates of what is cached and followed, so that both are in the order of commits. Taken before mu.
 	write sync.Mutex
@@ -172,7 +175,7 @@ func Open(ctx context.Context, cfg Config) (*Fleet, error) {
 		cfg.Now = time.Now
 	}
 	f := &Fleet{
-		cfg: cfg, meter: cfg.Meter, log: cfg.Logger, emit: make(chan event.Event, emitQueue),
+		cfg: cfg, meter: cfg.Meter, log: cfg.Logger, emit: make(chan event.Event, emitQueue), routine: make(chan event.Event, emitQueue),
 		changed: make(chan struct{}), told: make(chan struct{}), accused: map[string]time.Time{},
 		buckets: map[string]bucket{}, due: map[subject]string{}, hurry: make(chan struct{}, 1), catching: make(chan struct{}, 1),
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"log/slog"
 	"maps"
 
 	"github.com/redoubtsec/redoubt/event"
@@ -86,39 +85,6 @@ func (f *Fleet) Ingest(ctx context.Context, machine, stream string, batch []Numb
 	return last, nil
 }
 
-// Record stores an event of the server's own. Durability: on disk when it returns.
-func (f *Fleet) Record(ctx context.Context, e event.Event) error {
-	if e.Machine == "" {
-		e.Machine = ServerMachine
-	}
-	err := f.cfg.Store.Update(ctx, func(tx Tx) error {
-		if _, err := tx.Events.AppendEvent(ctx, StoredEvent{Machine: ServerMachine, Event: f.fitting(e)}); err != nil {
-			return err
-		}
-		_, err := f.trim(ctx, tx.Events, 2*MaxEventBatch)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("store event: %w", err)
-	}
-	f.meter.Count("fleet_events_stored", 1)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	close(f.told)
-	f.told = make(chan struct{})
-	return nil
-}
-
-// Emit takes an event of the server's own, to be stored by [Fleet.Run]. It never blocks; what does not fit the queue is
-// counted. It makes a Fleet an [event.Sink].
-func (f *Fleet) Emit(e event.Event) {
-	select {
-	case f.emit <- e:
-	default:
-		f.meter.Count("fleet_events_dropped", 1)
-	}
-}
-
 // fitting returns e within [event.MaxBytes]: without its detail if need be, and else reduced to what it was about.
 func (f *Fleet) fitting(e event.Event) event.Event {
 	if e.Detail != nil && !json.Valid(e.Detail) {
@@ -192,31 +158,4 @@ func (f *Fleet) Decision(ctx context.Context, id policy.ID) ([]Told, error) {
 		out = append(out, told)
 	}
 	return out, nil
-}
-
-// drain stores what was emitted, until ctx ends, and what is left then.
-func (f *Fleet) drain(ctx context.Context) {
-	store := func(ctx context.Context, e event.Event) {
-		if err := f.Record(ctx, e); err != nil {
-			f.meter.Count("fleet_events_dropped", 1)
-			f.log.ErrorContext(ctx, "an event could not be stored", slog.Any("error", err))
-		}
-	}
-	for {
-		select {
-		case e := <-f.emit:
-			store(ctx, e)
-		case <-ctx.Done():
-			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainFor)
-			defer cancel()
-			for {
-				select {
-				case e := <-f.emit:
-					store(last, e)
-				default:
-					return
-				}
-			}
-		}
-	}
 }

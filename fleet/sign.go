@@ -117,23 +117,29 @@ func (f *Fleet) accuse(ctx context.Context, machine, instance, owner, how string
 	e.Machine, e.Workload = machine, instance
 	e.Message = "machine " + machine + " asked for a workload of machine " + owner
 	e.Attrs = map[string]any{"owner": owner, "how": how}
-	f.Emit(e)
 
 	rec := event.NewRecord(machineUID(machine), "workload.foreign", instance)
 	rec.Detail = map[string]string{"owner": owner, "how": how}
 	now := f.now()
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if now.Sub(f.accused[machine]) < accuseEvery { // machines are bounded, and so is this map
-		return rec, false
+	due := now.Sub(f.accused[machine]) >= accuseEvery // machines are bounded, and so is this map
+	if due {
+		f.accused[machine] = now
 	}
-	f.accused[machine] = now
-	return rec, true
+	f.mu.Unlock()
+	if due {
+		f.Emit(e)
+	} else { // an agent can make any number of these
+		f.queue(f.routine, e, "routine")
+	}
+	return rec, due
 }
+
+const kindIssued = "svid.issued"
 
 // issued tells of a signature.
 func (f *Fleet) issued(w Workload, kind string, until time.Time) {
-	e := event.New(event.Control, "svid.issued")
+	e := event.New(event.Control, kindIssued)
 	e.Machine, e.Workload, e.Identity = w.Machine, w.Instance, w.ID
 	e.Message = "signed an SVID of " + w.ID.String()
 	e.Attrs = map[string]any{"kind": kind, "expires": stamp(until)}

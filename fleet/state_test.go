@@ -451,16 +451,6 @@ func TestMachinesAreLostAndComeBack(t *testing.T) {
 	}
 }
 
-func TestTheQueueOfOwnEventsIsBounded(t *testing.T) {
-	w := newWorld(t, nil)
-	for range 2000 {
-		w.fleet.Emit(event.New(event.Control, "test"))
-	}
-	if n := w.meter.get("fleet_events_dropped"); n != 2000-1024 {
-		t.Errorf("%d dropped", n)
-	}
-}
-
 func TestAPolicySetTooLargeIsNotPushed(t *testing.T) {
 	w := newWorld(t, nil)
 	w.cfg.Rules = huge{w.rules}
