@@ -37,7 +37,7 @@ func changes(t *testing.T, s *site) map[string]reply {
 	tag := s.call("GET", "/v1/policy-set", "").header.Get("ETag")
 	do("apply-policy-set", "PUT", "/v1/policy-set", fmt.Sprintf(permitAll, `,"confirm_within":"PT5M"`), "If-Match", tag)
 	do("confirm-policy-set", "POST", "/v1/policy-set/confirm", `{"version":1}`)
-	do("rollback-policy-set", "POST", "/v1/policy-set/rollback", `{"to":0}`)
+	do("rollback-policy-set", "POST", "/v1/policy-set/rollback", `{"to":0}`, "If-Match", "*")
 	do("prepare-authority", "POST", "/v1/authority/prepare", "")
 	do("publish-authority", "POST", "/v1/authority/publish", "")
 	return out
@@ -149,11 +149,17 @@ func TestPolicySetIsReplacedOnlyBySomebodyWhoSawIt(t *testing.T) {
 	if r := s.call("POST", "/v1/policy-set/rollback", `{"to":0}`, "If-Match", tag); r.status != 412 {
 		t.Errorf("rollback with the old tag: %d", r.status)
 	}
+	if r := s.call("POST", "/v1/policy-set/rollback", `{"to":0}`); r.status != 428 || r.problem(t).Code != "if-match-required" {
+		t.Errorf("rollback of whatever is there: %d", r.status)
+	}
+	if now := into[set.Edition](t, s.call("GET", "/v1/policy-set", "")); now.Version != 1 {
+		t.Errorf("a refused rollback made edition %d", now.Version)
+	}
 	bad := s.call("PUT", "/v1/policy-set", `{"files":[{"name":"a.cedar","content":"permit(principal"},{"name":"b.yaml","content":"kind: Mode\nfoo: 1"}]}`, "If-Match", "*")
 	if p := bad.problem(t); bad.status != 422 || len(p.Problems) < 2 || p.Problems[0].Why == "" {
 		t.Errorf("defects: %d %s", bad.status, bad.body)
 	}
-	back := into[client.Applied](t, s.call("POST", "/v1/policy-set/rollback", `{"to":0,"note":"back"}`))
+	back := into[client.Applied](t, s.call("POST", "/v1/policy-set/rollback", `{"to":0,"note":"back"}`, "If-Match", s.call("GET", "/v1/policy-set", "").header.Get("ETag")))
 	if back.Edition.Version != 2 || back.Edition.Restores != 0 || !back.Changed {
 		t.Errorf("rollback: %+v", back.Edition)
 	}

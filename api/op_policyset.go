@@ -35,7 +35,7 @@ func addPolicySet(s *server) {
 	}, s.confirmPolicySet)
 	register(s, operation{
 		id: "rollback-policy-set", section: sectionPolicySet, method: http.MethodPost, path: "/v1/policy-set/rollback",
-		summary: "Roll the policy set back", tagged: true, maxBody: defaultBody, limit: applyTime,
+		summary: "Roll the policy set back", replaces: true, maxBody: defaultBody, limit: applyTime,
 		description: "Puts the files of a former edition in force again, as a new edition; 0 is the built-in set. It also ends the " +
 			"wait of an edition that is not confirmed yet.",
 		refuses: []refusal.Kind{refusal.Invalid, refusal.Conflict, refusal.Unknown},
@@ -141,7 +141,7 @@ type rollbackInput struct {
 
 func (s *server) rollbackPolicySet(ctx context.Context, c *call, in *rollbackInput) (*appliedOutput, error) {
 	_, before := s.policies.Current()
-	if err := matched(c.header, "the policy set", setTag(before), false); err != nil {
+	if err := matched(c.header, "the policy set", setTag(before), true); err != nil {
 		return nil, err
 	}
 	rec := c.record("policy-set.rollback", strconv.FormatUint(in.Body.To, 10))

@@ -126,7 +126,13 @@ func TestEveryOperationHasItsMethod(t *testing.T) {
 	refused("ApplyPolicySet", err, "if-match-failed")
 	_, err = c.ConfirmPolicySet(ctx, 1)
 	ok("ConfirmPolicySet", err)
-	_, err = c.RollbackPolicySet(ctx, client.RollbackRequest{To: 0})
+	_, err = c.RollbackPolicySet(ctx, client.RollbackRequest{To: 0}, etag)
+	refused("RollbackPolicySet of another version than was read", err, "if-match-failed")
+	_, err = c.RollbackPolicySet(ctx, client.RollbackRequest{To: 0}, "")
+	refused("RollbackPolicySet of no version", err, "if-match-required")
+	_, etag, err = c.PolicySet(ctx)
+	ok("PolicySet", err)
+	_, err = c.RollbackPolicySet(ctx, client.RollbackRequest{To: 0}, etag)
 	ok("RollbackPolicySet", err)
 	_, err = c.ListPolicySets(ctx, client.Paging{})
 	ok("ListPolicySets", err)
@@ -445,7 +451,7 @@ func TestRepetition(t *testing.T) {
 	if _, err := c.Status(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if _, err := c.RollbackPolicySet(t.Context(), client.RollbackRequest{}); !errors.Is(err, client.ErrUnreachable) {
+	if _, err := c.RollbackPolicySet(t.Context(), client.RollbackRequest{}, "*"); !errors.Is(err, client.ErrUnreachable) {
 		t.Errorf("%v", err)
 	}
 	if err := c.DeleteToken(t.Context(), "t-1"); !errors.Is(err, client.ErrUnreachable) {

@@ -25,14 +25,17 @@ func (c *Client) ApplyPolicySet(ctx context.Context, r ApplyRequest, etag string
 	return out, err
 }
 
-// ConfirmPolicySet confirms an edition that waits for it (confirm-policy-set).
+// ConfirmPolicySet confirms an edition that waits for it: this version, and no other (confirm-policy-set).
 func (c *Client) ConfirmPolicySet(ctx context.Context, version uint64) (set.Edition, error) {
 	return post[set.Edition](ctx, c, "/v1/policy-set/confirm", ConfirmRequest{Version: version}, false)
 }
 
-// RollbackPolicySet puts the files of a former edition in force again (rollback-policy-set).
-func (c *Client) RollbackPolicySet(ctx context.Context, r RollbackRequest) (Applied, error) {
-	return post[Applied](ctx, c, "/v1/policy-set/rollback", r, false)
+// RollbackPolicySet puts the files of a former edition in force again, in the place of the version that etag names
+// (rollback-policy-set).
+func (c *Client) RollbackPolicySet(ctx context.Context, r RollbackRequest, etag string) (Applied, error) {
+	var out Applied
+	_, err := c.do(ctx, exchange{method: http.MethodPost, path: "/v1/policy-set/rollback", in: r, out: &out, ifMatch: etag})
+	return out, err
 }
 
 // DiffPolicySet compares files with the set in force (diff-policy-set).

@@ -168,17 +168,17 @@ func (c *cli) rollbackVerb() *cobra.Command {
 				return err
 			}
 			return c.withAPI(func(api *client.Client) error {
+				edition, etag, err := api.PolicySet(cmd.Context())
+				if err != nil {
+					return err
+				}
 				if !cmd.Flags().Changed("to") {
-					edition, _, err := api.PolicySet(cmd.Context())
-					if err != nil {
-						return err
-					}
 					if edition.Version == 0 {
 						return errors.New("rollback: the built-in policy set is in force, and there is none before it; apply one first")
 					}
 					to = edition.Version - 1
 				}
-				got, err := api.RollbackPolicySet(cmd.Context(), client.RollbackRequest{To: to, ConfirmWithin: d, DryRun: dry, Note: note})
+				got, err := api.RollbackPolicySet(cmd.Context(), client.RollbackRequest{To: to, ConfirmWithin: d, DryRun: dry, Note: note}, etag)
 				if err != nil {
 					return err
 				}
