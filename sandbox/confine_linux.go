@@ -22,7 +22,8 @@ func ownMounts(wire) error {
 }
 
 // protectCgroupfs makes every cgroup mount read-only, of version 1 and 2. Hiding them would break runtimes that size
-// themselves by their limits. In a user namespace that the workload makes, the kernel locks the flag (mount_namespaces(7)).
+// themselves by their limits. In a user namespace that the workload makes, the kernel locks the flag (mount_namespaces(7));
+// a cgroup2 that it mounts afresh there is writable, but its directories are root's.
 //
 // It refuses to work in the namespace of the agent, where it would take cgroupfs from the whole machine.
 func protectCgroupfs(w wire) error {

@@ -97,6 +97,30 @@ func TestCgroupfsIsReadOnlyEvenIfDelegated(t *testing.T) {
 	wantRefused(t, output(t, spec(t, "cgroupfs")))
 }
 
+// The control of the attack as root of a user namespace: where the workload's cgroup is its user's, a cgroup2 that it mounts
+// afresh can be written to, and the probe says so.
+func TestAFreshCgroupfsIsTriedToo(t *testing.T) {
+	if out := output(t, spec(t, "cgroupfs")); !strings.Contains(out, "fresh mount: EACCES") {
+		if strings.Contains(out, "namespace is refused") || strings.Contains(out, "no mount afresh") {
+			t.Skip("unprivileged users cannot mount cgroup2 on this machine")
+		}
+		t.Errorf("got %s", out)
+	}
+	c := testCgroup(t)
+	for _, f := range []string{"", "cgroup.procs"} {
+		if err := os.Chown(filepath.Join(c.Path, f), testUser, testUser); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := spec(t, "cgroupfs")
+	s.CgroupFD = c.FD()
+	out := output(t, s)
+	wantSucceeds(t, out)
+	if !strings.Contains(out, "a fresh mount of cgroup2") {
+		t.Errorf("got %s", out)
+	}
+}
+
 func TestHostKeepsItsWritableCgroupfs(t *testing.T) {
 	output(t, spec(t, "exit", "0"))
 	var s unix.Statfs_t

@@ -22,6 +22,7 @@ const probeAll = "all"
 const (
 	childPacket  = "child-packet"
 	childForeign = "child-foreign"
+	childCgroup  = "child-cgroupfs"
 	childControl = "child-control" // attacks nothing: shows that a child can be started
 )
 
@@ -35,6 +36,8 @@ func probeMain(args []string) int {
 		return printed(packetSockets())
 	case childForeign:
 		return printed(foreignCalls())
+	case childCgroup:
+		return printed(writeAsRoot())
 	case childControl:
 		return printed(outcome{Refused: true, How: "started"})
 	case probeAll:
@@ -184,7 +187,8 @@ func unifiedPath(data []byte) string {
 	return "/"
 }
 
-// writeCgroupfs reports whether a cgroup mount can be written to, apart from who it is.
+// writeCgroupfs reports whether a cgroup mount can be written to, apart from who it is; and whether any can as root of
+// a user namespace, where a writable cgroup2 is to be had for nothing and only the owner of the directories counts.
 func writeCgroupfs() outcome {
 	mounts, err := cgroupMounts("/proc/self")
 	if err != nil {
@@ -199,7 +203,79 @@ func writeCgroupfs() outcome {
 			return outcome{Name: ProtectCgroupfs, How: m.point + " is writable"}
 		}
 	}
-	return outcome{Name: ProtectCgroupfs, Refused: true, How: "EROFS"}
+	return worst(
+		outcome{Name: ProtectCgroupfs, Refused: true, How: "EROFS"},
+		inNamespaces(ProtectCgroupfs, childCgroup, map[string]uintptr{"mnt": syscall.CLONE_NEWNS, "cgroup": syscall.CLONE_NEWCGROUP}),
+	)
+}
+
+// writeAsRoot attacks as root of a user, a mount and a cgroup namespace: it takes the read-only flag off the mounts that
+// it has and mounts cgroup2 afresh, and tries to move itself and to make a cgroup in each.
+func writeAsRoot() outcome {
+	mounts, err := cgroupMounts("/proc/self")
+	if err != nil {
+		return outcome{Name: ProtectCgroupfs, Untried: true, How: err.Error()}
+	}
+	var how []string
+	for _, m := range mounts {
+		_ = unix.MountSetattr(unix.AT_FDCWD, m.point, 0, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}) // it is the write that counts
+		dir, err := unix.Open(m.point, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			continue // it cannot be reached, so not be written to
+		}
+		err = writeInto(dir)
+		_ = unix.Close(dir)
+		if err == nil {
+			return outcome{Name: ProtectCgroupfs, How: "as root of a user namespace it wrote to " + m.point}
+		}
+		how = append(how, unix.ErrnoName(asErrno(err)))
+	}
+	fresh, err := freshCgroupfs()
+	if err != nil {
+		if errno := asErrno(err); errno != unix.EPERM && errno != unix.EACCES {
+			return outcome{Name: ProtectCgroupfs, Untried: true, How: fmt.Sprintf("cgroup2 was not mounted afresh: %v", err)}
+		}
+		return outcome{Name: ProtectCgroupfs, Refused: true, How: fmt.Sprintf("%s, and no mount afresh: %v", strings.Join(how, ", "), err)}
+	}
+	defer func() { _ = unix.Close(fresh) }()
+	err = writeInto(fresh)
+	if err == nil {
+		return outcome{Name: ProtectCgroupfs, How: "as root of a user namespace it wrote to a fresh mount of cgroup2"}
+	}
+	how = append(how, "a fresh mount: "+unix.ErrnoName(asErrno(err)))
+	return outcome{Name: ProtectCgroupfs, Refused: true, How: strings.Join(how, ", ")}
+}
+
+// freshCgroupfs mounts cgroup2, writable, at no path and returns its root.
+func freshCgroupfs() (int, error) {
+	config, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen: %w", err)
+	}
+	defer func() { _ = unix.Close(config) }()
+	if err := unix.FsconfigCreate(config); err != nil {
+		return -1, fmt.Errorf("fsconfig: %w", err)
+	}
+	dir, err := unix.Fsmount(config, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("fsmount: %w", err)
+	}
+	return dir, nil
+}
+
+// writeInto moves this process into a directory of cgroupfs, or makes one in it. Error: both failed, the first reason.
+func writeInto(dir int) error {
+	procs, err := unix.Openat(dir, "cgroup.procs", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err == nil {
+		_, err = unix.Write(procs, []byte("0"))
+		_ = unix.Close(procs)
+	}
+	const own = "redoubt-probe-own"
+	if err != nil && unix.Mkdirat(dir, own, 0o755) == nil {
+		_ = unix.Unlinkat(dir, own, unix.AT_REMOVEDIR)
+		err = nil
+	}
+	return err
 }
 
 func ioUring() outcome {

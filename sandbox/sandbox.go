@@ -112,15 +112,20 @@ type Confined struct {
 	NoNewPrivs                                           bool
 	// Filters is how many seccomp filters are installed.
 	Filters int
-	// WritableCgroupfs lists the cgroup mounts that are writable in the process's mount namespace.
+	// WritableCgroupfs lists the cgroup mounts that are writable in the process's mount namespace, whoever may write.
 	WritableCgroupfs []string
 }
 
 // Names of the protections that [Prove] reports.
+//
+// Of cgroupfs it is said that no write succeeds, not that all of it is read-only: as root of a user namespace a workload
+// may mount cgroup2 afresh, writable, and sees its own cgroup and what is below. What refuses the write there is that the
+// directories belong to root, as those of [MakeCgroup] do; a workload whose cgroup was given to its user can divide it,
+// but not leave it.
 const (
 	Whole              = "run.confinement"     // all of the following
 	ProtectCgroup      = "run.leave-cgroup"    // moving itself out of its cgroup
-	ProtectCgroupfs    = "run.cgroupfs"        // writing to any cgroup mount
+	ProtectCgroupfs    = "run.cgroupfs"        // writing to any cgroup mount, also as root of a user namespace
 	ProtectIOUring     = "run.io-uring"        // io_uring_setup, io_uring_enter, io_uring_register
 	ProtectPacket      = "run.packet-socket"   // AF_PACKET sockets, also as root of a user namespace
 	ProtectVsock       = "run.vsock"           // AF_VSOCK sockets
