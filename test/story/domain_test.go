@@ -12,7 +12,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -168,13 +167,12 @@ func (a *node) policySet(t testing.TB, version uint64) {
 	})
 }
 
-// workload is a shell that runs as a workload and does what it is told.
+// workload is a shell that runs as a workload and does what it is told, one command at a time.
 type workload struct {
 	instance string
 	pid      int
 	cgroup   string // path in the unified hierarchy
 	cmd      *exec.Cmd
-	mu       sync.Mutex // one command at a time
 	in       io.WriteCloser
 	pipe     *os.File
 	out      *bufio.Reader
@@ -225,12 +223,21 @@ func (w *workload) end() {
 // sh runs one command line in the workload and returns what it printed, on either stream, and its exit code.
 func (w *workload) sh(t testing.TB, line string) (string, int) {
 	t.Helper()
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	w.begin(t, line)
+	return w.finish(t)
+}
+
+// begin lets the workload run a command line; finish waits for its end.
+func (w *workload) begin(t testing.TB, line string) {
+	t.Helper()
 	_ = w.pipe.SetReadDeadline(time.Now().Add(time.Minute))
 	if _, err := fmt.Fprintf(w.in, "{ %s\n} 2>&1; printf '\\n@@%%s\\n' $?\n", line); err != nil {
-		t.Fatalf("workload %s: %v\n%s", w.instance, err, &w.said)
+		t.Fatalf("workload %s, %s: %v\n%s", w.instance, line, err, &w.said)
 	}
+}
+
+func (w *workload) finish(t testing.TB) (string, int) {
+	t.Helper()
 	var text strings.Builder
 	for {
 		got, err := w.out.ReadString('\n')
@@ -240,7 +247,7 @@ func (w *workload) sh(t testing.TB, line string) (string, int) {
 		}
 		text.WriteString(got)
 		if err != nil {
-			t.Fatalf("workload %s, %s: %v\n%s\n%s", w.instance, line, err, &text, &w.said)
+			t.Fatalf("workload %s: %v\n%s\n%s", w.instance, err, &text, &w.said)
 		}
 	}
 }

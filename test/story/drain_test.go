@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/redoubtsec/redoubt/machine"
 )
 
 // peerCertificate is what a TLS server shows.
@@ -115,9 +117,24 @@ func TestDevIsOneCommand(t *testing.T) {
 	if got.code != 0 || !strings.Contains(got.out, "spiffe://redoubt.local/service/web") {
 		t.Errorf("identity fetch: exit code %d: %s%s", got.code, got.out, got.err)
 	}
+	// It is the whole machine: what shares the root cgroup with everything else is adopted, and moved out of it.
+	socket := strings.TrimPrefix(r.text("workload_api"), "unix://")
+	legacy := running(t, &node{socket: socket}, in(t, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}, "/"))
+	if legacy.cgroup != "/" {
+		t.Errorf("it begins in %s", legacy.cgroup)
+	}
+	enrolled := document[machine.Workload](t, "enroll", fmt.Sprint(legacy.pid), "--service", "legacy", "--data", dir)
+	if now := cgroupOf(t, legacy.pid); enrolled.Moved != 1 || now != enrolled.Cgroup || now == "/" {
+		t.Errorf("enrolled as %+v, and is in %s", enrolled, now)
+	}
+	if got := legacy.fetch(t); got.ID != "spiffe://redoubt.local/service/legacy" {
+		t.Errorf("it is %+v", got)
+	}
+	legacy.end()
 	if code := r.term(t); code != 0 {
 		t.Errorf("dev ended with %d", code)
 	}
+	_ = os.Remove(filepath.Join(unified(t), enrolled.Cgroup)) // it ended while nobody looked, perhaps
 	// The same directory serves again, without another token.
 	r = start(t, "dev", "--data", dir)
 	must(t, "status", "--data", dir)

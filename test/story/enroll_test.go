@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/redoubtsec/redoubt/api/local"
 	"github.com/redoubtsec/redoubt/machine"
 	"github.com/redoubtsec/redoubt/policy"
 )
@@ -34,13 +35,12 @@ func TestEnrollAdoptsWhatRuns(t *testing.T) {
 	t.Parallel()
 	d := found(t)
 	m1 := d.join(t, "m1")
-	root := unified(t)
 	nobody := func() *syscall.SysProcAttr {
 		return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	}
 
-	// In the cgroup that the test itself is in, with a child of its own.
-	legacy := running(t, m1, nobody())
+	// In a cgroup that others are in too, with a child of its own.
+	legacy, neighbour := running(t, m1, in(t, nobody(), m1.cgroups+"/shared")), running(t, m1, in(t, nobody(), m1.cgroups+"/shared"))
 	_, _ = legacy.sh(t, "sleep 300 & echo started")
 	child, _ := legacy.sh(t, "echo $!")
 	t.Cleanup(func() { _, _ = legacy.sh(t, "kill "+child) })
@@ -57,12 +57,25 @@ func TestEnrollAdoptsWhatRuns(t *testing.T) {
 			t.Errorf("process %d is in %s, want %s", pid, now, got.Cgroup)
 		}
 	}
+	if now := cgroupOf(t, neighbour.pid); now != m1.cgroups+"/shared" {
+		t.Errorf("its neighbour was moved to %s", now)
+	}
+	if f, why := neighbour.tryFetch(t); why == "" {
+		t.Errorf("its neighbour got %+v", f)
+	}
 	if f := legacy.fetch(t); f.ID != "spiffe://redoubt.local/service/legacy" {
 		t.Errorf("it is %s", f.ID)
 	}
 	refused(t, 1, []string{"already", "workload forget"}, m1.cli("enroll", fmt.Sprint(legacy.pid), "--service", "other")...)
 	if p := m1.protection(t, got.Instance); p.State != policy.NotEnforceable || !strings.Contains(p.Reason, "running before Redoubt") {
 		t.Errorf("doctor says of it: %+v", p)
+	}
+	// Naming a process does not make it part of a workload, even if root does.
+	orders := m1.shell(t, "orders")
+	door := local.NewClient(filepath.Join(m1.data, "agent.sock"))
+	defer door.Close()
+	if w, err := door.Started(t.Context(), orders.instance, legacy.pid); err == nil || !strings.Contains(err.Error(), "the process is in cgroup") {
+		t.Errorf("a process of another cgroup was taken for a workload's first: %+v %v", w, err)
 	}
 	// Forgotten, it runs on, without an identity.
 	must(t, m1.cli("workload", "forget", got.Instance)...)
@@ -73,17 +86,7 @@ func TestEnrollAdoptsWhatRuns(t *testing.T) {
 	// In a cgroup of its own, by process and by cgroup.
 	for i, name := range []string{"pid", "cgroup"} {
 		own := fmt.Sprintf("%s/own%d", m1.cgroups, i)
-		if err := os.Mkdir(filepath.Join(root, own), 0o755); err != nil { //nolint:gosec // as cgroups are
-			t.Fatal(err)
-		}
-		dir, err := os.Open(filepath.Join(root, own))
-		if err != nil {
-			t.Fatal(err)
-		}
-		attr := nobody()
-		attr.UseCgroupFD, attr.CgroupFD = true, int(dir.Fd())
-		w := running(t, m1, attr)
-		_ = dir.Close()
+		w := running(t, m1, in(t, nobody(), own))
 		what := fmt.Sprint(w.pid)
 		if name == "cgroup" {
 			what = own
@@ -96,8 +99,30 @@ func TestEnrollAdoptsWhatRuns(t *testing.T) {
 			t.Errorf("by %s: it is %s", name, f.ID)
 		}
 	}
+	// What runs outside of this machine's subtree is another's.
+	outside := running(t, m1, in(t, nobody(), program.cgroups+"/elsewhere"))
+	refused(t, 1, []string{"outside this machine's subtree"}, m1.cli("enroll", fmt.Sprint(outside.pid), "--service", "theft")...)
+	if now := cgroupOf(t, outside.pid); now != outside.cgroup {
+		t.Errorf("a process outside of the subtree was moved to %s", now)
+	}
 	refused(t, 1, []string{"whole machine"}, m1.cli("enroll", "/", "--service", "all")...)
 	refused(t, 1, []string{"999999999"}, m1.cli("enroll", "999999999", "--service", "ghost")...)
+}
+
+// in lets a process start in a cgroup, which is made.
+func in(t testing.TB, attr *syscall.SysProcAttr, cgroup string) *syscall.SysProcAttr {
+	t.Helper()
+	path := filepath.Join(unified(t), cgroup)
+	if err := os.MkdirAll(path, 0o755); err != nil { //nolint:gosec // as cgroups are
+		t.Fatal(err)
+	}
+	dir, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = dir.Close() })
+	attr.UseCgroupFD, attr.CgroupFD = true, int(dir.Fd())
+	return attr
 }
 
 func atoi(s string) (n int) {
@@ -127,9 +152,9 @@ func TestContainerGetsItsIdentityByRule(t *testing.T) {
 	}
 	engine("build", "-q", "-t", image, dir)
 	t.Cleanup(func() { _ = exec.Command(podman, "rmi", "-f", image).Run() })
-	run := func(label string) string {
+	run := func(label, parent string) string {
 		t.Helper()
-		id := engine("run", "-d", "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--cgroup-parent", m1.cgroups,
+		id := engine("run", "-d", "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--cgroup-parent", parent,
 			"--label", "app="+label, "--user", "1234:1234", "-v", d.dir+":"+d.dir, "--env", "SPIFFE_ENDPOINT_SOCKET=unix://"+m1.socket, image)
 		t.Cleanup(func() { _ = exec.Command(podman, "rm", "-f", "-t", "0", id).Run() })
 		return id
@@ -140,7 +165,8 @@ spec:
   when: context has container && context.container has image && context.container.image == %q && context.container.label.app == "orders" && context.container.label.team == "shop"
   id: /container/{container.label.app}
 `, image)})
-	orders, other := run("orders"), run("stranger")
+	orders, other := run("orders", m1.cgroups), run("stranger", m1.cgroups)
+	outside := run("orders", program.cgroups+"/elsewhere") // another machine's, as it were
 	fetch := func(id string) (fetched, string) {
 		t.Helper()
 		r := command(t, nil, "", podman, "--runtime", "runc", "--cgroup-manager=cgroupfs", "exec", id, "/redoubt", "identity", "fetch", "--json")
@@ -159,6 +185,9 @@ spec:
 		t.Errorf("the other container got %+v", got)
 	}
 	contains(t, "the other container", why, "issuance rule", "shop-containers", "identity explain")
+	if got, why := fetch(outside); !strings.Contains(why, "belongs to no workload") {
+		t.Errorf("a container outside of this machine's subtree got %+v %s", got, why)
+	}
 	explained := must(t, m1.cli("identity", "explain", engine("inspect", "--format", "{{.State.Pid}}", orders))...)
 	contains(t, "identity explain", explained, "by discovery", image, "container.label.team = shop  (container", "shop-containers", "WON", orders)
 	// The program in it is the official client, unmodified.
