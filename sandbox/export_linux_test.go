@@ -7,6 +7,7 @@ var (
 	ParseStatus       = parseStatus
 	ParseCgroupMounts = func(data []byte) (int, error) { m, err := parseCgroupMounts(data); return len(m), err }
 	BaitParents       = baitParents
+	SweepBaits        = sweepBaits
 	RootTester        = rootTester
 	OnlyNotRoot       = statusNotRoot
 	OnlyRoot          = statusIsRoot

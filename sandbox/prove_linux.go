@@ -2,18 +2,13 @@ package sandbox
 
 import (
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -194,105 +189,4 @@ func ownExecutable() (*os.File, error) {
 	ro, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) // a file that is open for writing cannot be executed
 	_ = m.Close()
 	return ro, err
-}
-
-// Exit statuses of the set-user-id program.
-const (
-	statusIsRoot  = 10
-	statusNotRoot = 20
-)
-
-// noBait is why the set-user-id program was not executed.
-const noBait = "no directory that may be used honours set-user-id bits"
-
-// baitParents are the directories in which the set-user-id program is tried. /tmp and /var/tmp are mounted nosuid on
-// hardened machines, hence the third.
-func baitParents() []string { return slices.Compact([]string{os.TempDir(), "/var/tmp", "/var/lib"}) }
-
-// setUIDProgram writes a set-user-id root program that says by its exit status whether it is root, in a directory where
-// the bit counts: an ordinary process of uid does become root by it (the control of the experiment). The path is empty
-// if there is no such directory. The program does nothing else, so that one left behind by a crash is harmless.
-func setUIDProgram(ctx context.Context, uid uint32) (path string, remove func(), err error) {
-	remove = func() {}
-	code := rootTester()
-	if code == nil {
-		return "", remove, nil
-	}
-	for _, parent := range baitParents() {
-		dir, err := os.MkdirTemp(parent, "redoubt-probe-")
-		if err != nil {
-			continue
-		}
-		remove = func() { _ = os.RemoveAll(dir) }
-		path := filepath.Join(dir, "am-i-root")
-		err = errors.Join(os.Chmod(dir, 0o711), os.WriteFile(path, code, 0o600), os.Chmod(path, 0o755|os.ModeSetuid))
-		if err == nil {
-			control := exec.CommandContext(ctx, path)
-			control.Env = []string{}
-			control.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-			_ = control.Run() // its status is all that counts
-			if control.ProcessState != nil && control.ProcessState.ExitCode() == statusIsRoot {
-				return path, remove, nil
-			}
-		}
-		remove()
-	}
-	return "", func() {}, ctx.Err()
-}
-
-// rootTester returns an ELF program of about 150 bytes: exit(geteuid() == 0 ? statusIsRoot : statusNotRoot). nil for an
-// architecture that it is not written for.
-func rootTester() []byte {
-	var machine uint16
-	var code []byte
-	switch runtime.GOARCH {
-	case "amd64":
-		machine = 62 // EM_X86_64
-		code = []byte{
-			0xb8, 107, 0, 0, 0, // mov eax, geteuid
-			0x0f, 0x05, // syscall
-			0xbf, statusNotRoot, 0, 0, 0, // mov edi, statusNotRoot
-			0xb9, statusIsRoot, 0, 0, 0, // mov ecx, statusIsRoot
-			0x85, 0xc0, // test eax, eax
-			0x0f, 0x44, 0xf9, // cmove edi, ecx
-			0xb8, 60, 0, 0, 0, // mov eax, exit
-			0x0f, 0x05, // syscall
-		}
-	case "arm64":
-		machine = 183 // EM_AARCH64
-		for _, word := range []uint32{
-			0xd28015e8,                    // mov x8, geteuid
-			0xd4000001,                    // svc 0
-			0x7100001f,                    // cmp w0, 0
-			0x52800001 | statusIsRoot<<5,  // mov w1, statusIsRoot
-			0x52800002 | statusNotRoot<<5, // mov w2, statusNotRoot
-			0x1a820020,                    // csel w0, w1, w2, eq
-			0xd2800ba8,                    // mov x8, exit
-			0xd4000001,                    // svc 0
-		} {
-			code = binary.LittleEndian.AppendUint32(code, word)
-		}
-	default:
-		return nil
-	}
-	const headers, base = 64 + 56, 0x400000
-	size := uint64(headers + len(code))
-	le := binary.LittleEndian
-	b := []byte{0x7f, 'E', 'L', 'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}
-	b = le.AppendUint16(b, 2) // ET_EXEC
-	b = le.AppendUint16(b, machine)
-	b = le.AppendUint32(b, 1)
-	b = le.AppendUint64(b, base+headers) // entry
-	b = le.AppendUint64(b, 64)           // program headers
-	b = le.AppendUint64(b, 0)            // no sections
-	b = le.AppendUint32(b, 0)            // flags
-	for _, v := range []uint16{64, 56, 1, 0, 0, 0} {
-		b = le.AppendUint16(b, v)
-	}
-	b = le.AppendUint32(b, 1) // PT_LOAD
-	b = le.AppendUint32(b, 5) // readable, executable
-	for _, v := range []uint64{0, base, base, size, size, 0x1000} {
-		b = le.AppendUint64(b, v)
-	}
-	return append(b, code...)
 }
