@@ -54,6 +54,7 @@ type Config struct {
 
 	MaxMachines  int // default 10,000
 	MaxWorkloads int // per machine, those gone but kept included; default 4,096
+	MaxBytes     int // of the JSON of the workloads of one machine, those gone but kept included; default 8 MiB
 	MaxTokens    int // outstanding; default 1,000
 	MaxWithdrawn int // revocations, and as many quarantines; default 10,000
 	KeepChanges  int // revisions that an agent may be behind before it gets a snapshot; default 16,384
@@ -73,6 +74,7 @@ const (
 	DefaultKeepTokens   = 7 * 24 * time.Hour
 	DefaultMaxMachines  = 10_000
 	DefaultMaxWorkloads = 4_096
+	DefaultMaxBytes     = 8 << 20
 	DefaultMaxTokens    = 1_000
 	DefaultMaxWithdrawn = 10_000
 	DefaultKeepChanges  = 16_384
@@ -82,7 +84,7 @@ const (
 	MaxPage = 1_000
 	// MaxFacts and MaxFactBytes (of JSON) bound the facts of one workload or machine.
 	MaxFacts     = 256
-	MaxFactBytes = 64 << 10
+	MaxFactBytes = 32 << 10
 	// MaxListen is how many ports a workload may declare.
 	MaxListen = 64
 	// MaxCSRBytes bounds a certificate request.
@@ -161,6 +163,7 @@ func Open(ctx context.Context, cfg Config) (*Fleet, error) {
 	cfg.KeepTokens = cmp.Or(cfg.KeepTokens, DefaultKeepTokens)
 	cfg.MaxMachines = cmp.Or(cfg.MaxMachines, DefaultMaxMachines)
 	cfg.MaxWorkloads = cmp.Or(cfg.MaxWorkloads, DefaultMaxWorkloads)
+	cfg.MaxBytes = cmp.Or(cfg.MaxBytes, DefaultMaxBytes)
 	cfg.MaxTokens = cmp.Or(cfg.MaxTokens, DefaultMaxTokens)
 	cfg.MaxWithdrawn = cmp.Or(cfg.MaxWithdrawn, DefaultMaxWithdrawn)
 	cfg.KeepChanges = cmp.Or(cfg.KeepChanges, DefaultKeepChanges)
@@ -272,6 +275,7 @@ type unit struct {
 	Tx
 	changes []Change
 	then    []func() // run under f.mu after the commit
+	stock   *stock   // of the machine whose report it is
 }
 
 // push appends a change. payload nil means that the thing is no more.

@@ -31,6 +31,7 @@ var (
 	// Of workloads.
 	ErrReport          = &refusal.Error{Code: "malformed-report"}
 	ErrWorkloads       = &refusal.Error{Code: "workloads-exhausted"}
+	ErrWorkloadBytes   = &refusal.Error{Code: "workload-bytes-exhausted"}
 	ErrWorkloadFacts   = &refusal.Error{Code: "workload-facts"}
 	ErrWorkloadUnknown = &refusal.Error{Code: "workload-unknown"}
 	ErrWorkloadForeign = &refusal.Error{Code: "workload-foreign"} // it is on another machine

@@ -116,26 +116,16 @@ func (f *Fleet) present(ctx context.Context, u *unit, machine string, o Observed
 		w.Since = w.Seen
 	}
 	w = f.evaluate(old, w, facts)
+	if e, err := f.fits(ctx, u, machine, old, w); err != nil || e != nil {
+		if err != nil {
+			return Assigned{}, err
+		}
+		return refused(e), nil
+	}
 	if err := f.settle(ctx, u, old, w); err != nil {
 		return Assigned{}, err
 	}
 	return Assigned{Instance: w.Instance, ID: w.ID, Refusal: w.Refusal, Issuance: w.Issuance, Facts: w.Facts, Epoch: w.Epoch}, nil
-}
-
-// room makes room for one more workload of a machine: those longest gone go first.
-func (f *Fleet) room(ctx context.Context, u *unit, machine string) (*refusal.Error, error) {
-	n, err := u.Workloads.CountWorkloads(ctx, machine)
-	if err != nil || n < f.cfg.MaxWorkloads {
-		return nil, err
-	}
-	freed, err := u.Workloads.DeleteGone(ctx, machine, f.now().Add(1), n-f.cfg.MaxWorkloads+1)
-	if err != nil {
-		return nil, err
-	}
-	if err := f.forget(ctx, u, freed); err != nil || n-len(freed) < f.cfg.MaxWorkloads {
-		return nil, err
-	}
-	return exhausted(ErrWorkloads, "workload of machine "+machine, f.cfg.MaxWorkloads, "end some, or raise the server's limit of workloads per machine"), nil
 }
 
 // evaluate gives w its identity and facts: what the issuance rules say of facts, and what the server adds. Issuance rules

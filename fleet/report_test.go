@@ -336,3 +336,40 @@ func TestANewPolicySetIsPushedAndEveryWorkloadReevaluated(t *testing.T) {
 		t.Error("a restart made changes")
 	}
 }
+
+func TestWhatOneMachineAddsToTheDomainIsBounded(t *testing.T) {
+	w := newWorld(t, func(c *fleet.Config) { c.MaxBytes = 100 << 10 })
+	w.join("m1")
+	w.join("m2")
+	large := func(instance string, n int) fleet.Observed {
+		return w.observed(instance, "orders", fact("label.a", strings.Repeat("x", n), identity.FromOperator))
+	}
+	var r fleet.Report
+	for i := range 50 {
+		r.Present = append(r.Present, large(fmt.Sprintf("w-%02d", i), 4000))
+	}
+	refused := 0
+	for _, a := range w.report("m1", r) {
+		if a.Refusal != nil {
+			refused++
+			want(t, a.Refusal, fleet.ErrWorkloadBytes)
+		}
+	}
+	if live := len(w.live()); refused < 26 || live != 50-refused || w.meter.get("fleet_workloads_refused code "+fleet.ErrWorkloadBytes.Code) != int64(refused) {
+		t.Errorf("%d refused, %d pushed", refused, live)
+	}
+	// Neither may one that is there grow beyond it, again and again; another machine is not hindered.
+	if a := w.report("m1", fleet.Report{Present: []fleet.Observed{large("w-00", 4096), w.observed("w-01", "orders"), large("w-02", 4096)}}); a[1].Refusal != nil || a[2].Refusal != nil {
+		t.Errorf("what shrinks makes room: %+v", a)
+	}
+	if a := w.report("m2", fleet.Report{Present: []fleet.Observed{large("w-m2", 4000)}}); a[0].Refusal != nil {
+		t.Errorf("another machine: %v", a[0].Refusal)
+	}
+	// What is gone makes room.
+	w.report("m1", fleet.Report{Full: true})
+	for _, a := range w.report("m1", fleet.Report{Present: []fleet.Observed{large("w-new1", 4000), large("w-new2", 4000)}}) {
+		if a.Refusal != nil {
+			t.Error(a.Refusal)
+		}
+	}
+}

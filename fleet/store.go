@@ -81,6 +81,8 @@ type WorkloadStore interface {
 	Workloads(ctx context.Context, q WorkloadQuery) ([]Workload, error)
 	// CountWorkloads counts those of a machine ("" is all machines), whatever their state.
 	CountWorkloads(ctx context.Context, machine string) (int, error)
+	// WorkloadBytes adds up the JSON of those of a machine, whatever their state.
+	WorkloadBytes(ctx context.Context, machine string) (int, error)
 	// DeleteGone deletes at most limit workloads of state gone that were last seen before the time given, of one machine
 	// or, with "", of all, the longest gone first, and returns their instances, in no order.
 	DeleteGone(ctx context.Context, machine string, before time.Time, limit int) ([]string, error)

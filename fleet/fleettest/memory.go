@@ -7,6 +7,7 @@ package fleettest
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"maps"
 	"slices"
@@ -223,6 +224,20 @@ func (t *transaction) CountWorkloads(_ context.Context, machine string) (int, er
 	for _, w := range t.workloads.rows {
 		if machine == "" || w.Machine == machine {
 			n++
+		}
+	}
+	return n, nil
+}
+
+func (t *transaction) WorkloadBytes(_ context.Context, machine string) (int, error) {
+	n := 0
+	for _, w := range t.workloads.rows {
+		if w.Machine == machine {
+			raw, err := json.Marshal(w)
+			if err != nil {
+				return 0, err
+			}
+			n += len(raw)
 		}
 	}
 	return n, nil

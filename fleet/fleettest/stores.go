@@ -313,7 +313,11 @@ func testWorkloads(t *testing.T, s fleet.Store) {
 		equal(t, "count of all", all, 6)
 		one, err2 := tx.Workloads.CountWorkloads(ctx, "m1")
 		equal(t, "count of m1", one, 5)
-		return errors.Join(err, err2)
+		size, err3 := tx.Workloads.WorkloadBytes(ctx, "m2")
+		equal(t, "bytes of m2", size, len(rendered(gone("w-e", "m2", 1))))
+		none, err4 := tx.Workloads.WorkloadBytes(ctx, "m9")
+		equal(t, "bytes of nobody", none, 0)
+		return errors.Join(err, err2, err3, err4)
 	})
 	update(t, s, func(ctx context.Context, tx fleet.Tx) error {
 		n, err := tx.Workloads.DeleteGone(ctx, "m1", at(5), 1)

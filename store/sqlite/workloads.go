@@ -73,6 +73,10 @@ func (s workloads) CountWorkloads(ctx context.Context, machine string) (int, err
 	return s.tx.count(ctx, "SELECT count(*) FROM workloads"+cond.String(), cond.args...)
 }
 
+func (s workloads) WorkloadBytes(ctx context.Context, machine string) (int, error) {
+	return s.tx.count(ctx, "SELECT coalesce(sum(octet_length(body)), 0) FROM workloads WHERE machine = ?", machine)
+}
+
 func (s workloads) DeleteGone(ctx context.Context, machine string, before time.Time, limit int) ([]string, error) {
 	var cond where
 	cond.and("state = 'gone' AND seen < ?", nanos(before))
