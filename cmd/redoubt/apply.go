@@ -1,7 +1,7 @@
 package main
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"io"
 	"strings"
@@ -173,10 +173,9 @@ func (c *cli) rollbackVerb() *cobra.Command {
 					return err
 				}
 				if !cmd.Flags().Changed("to") {
-					if edition.Version == 0 {
-						return errors.New("rollback: the built-in policy set is in force, and there is none before it; apply one first")
+					if to, err = former(cmd.Context(), api, edition); err != nil {
+						return err
 					}
-					to = edition.Version - 1
 				}
 				got, err := api.RollbackPolicySet(cmd.Context(), client.RollbackRequest{To: to, ConfirmWithin: d, DryRun: dry, Note: note}, etag)
 				if err != nil {
@@ -191,6 +190,28 @@ func (c *cli) rollbackVerb() *cobra.Command {
 	cmd.Flags().BoolVar(&dry, "dry-run", false, "compare only")
 	cmd.Flags().StringVar(&note, "note", "", "for those who read the history")
 	return cmd
+}
+
+// former returns the newest edition before the current one that stayed in force until another took its place, and has
+// other files. One that was put back since nobody confirmed it is what an operator wants to get away from, and the edition
+// that was put back in its place says nothing new. Of one that waits to be confirmed it is the one it would return to.
+func former(ctx context.Context, api *client.Client, current set.Edition) (uint64, error) {
+	if current.State == set.EditionPending {
+		return current.Version - 1, nil
+	}
+	for e, err := range api.PolicySets(ctx) {
+		if err != nil {
+			return 0, err
+		}
+		if e.Version < current.Version && e.State == set.EditionSuperseded && e.Digest != current.Digest {
+			return e.Version, nil
+		}
+	}
+	return 0, &refusal.Error{
+		Kind: refusal.Unknown, Code: "no-former-edition", What: "rollback",
+		Why: "no other policy set that is kept was in force before this one and stayed",
+		Do:  "name a version with --to (redoubt get editions lists them; 0 is the built-in set)",
+	}
 }
 
 func (c *cli) observeVerb() *cobra.Command {
