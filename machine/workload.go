@@ -209,7 +209,7 @@ func (m *Machine) Enroll(ctx context.Context, e Enrollment) (Workload, error) {
 	}
 	instance := identity.Unique("w")
 	cgroup, id, ours, moved := e.Cgroup, e.CgroupID, false, 0
-	if !m.within(cgroup) {
+	if e.Move == nil && !m.within(cgroup) {
 		return Workload{}, invalid("cgroup "+cgroup, "it is outside this machine's subtree "+m.cfg.Subtree, "ask the agent that owns it")
 	}
 	if e.Move != nil {
