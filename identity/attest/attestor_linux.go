@@ -25,6 +25,7 @@ const (
 	maxParents       = 32      // of the chain of parents
 	maxReadings      = 4       // of a process that changes while it is read
 	maxHashes        = 4096    // executables whose hash is remembered
+	maxPaths         = 4096    // processes in mount namespaces of their own whose path is remembered
 	maxRecords       = 1024    // containers whose record is remembered
 	maxRuncs         = 1024    // containers of runc that are looked at
 	maxCgroups       = 65536   // cgroups that are walked through
@@ -43,6 +44,7 @@ const (
 type Attestor struct {
 	config  Config
 	hashes  *bounded[fileID, string]
+	paths   *bounded[running, string]
 	records *bounded[containerKey, record]
 	runcs   *bounded[string, runcFile]
 	slow    chan struct{} // a token for each file that is being read
@@ -89,7 +91,7 @@ func New(c Config) (*Attestor, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	return &Attestor{
-		config: c, hashes: newBounded[fileID, string](maxHashes), records: newBounded[containerKey, record](maxRecords),
+		config: c, hashes: newBounded[fileID, string](maxHashes), paths: newBounded[running, string](maxPaths), records: newBounded[containerKey, record](maxRecords),
 		runcs: newBounded[string, runcFile](maxRuncs), slow: make(chan struct{}, maxSlowFiles),
 		engines: make(chan struct{}, maxEngineCalls), rest: &restUntil{}, between: func() {},
 	}, nil

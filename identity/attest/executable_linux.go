@@ -32,6 +32,7 @@ type fileID struct {
 type executable struct {
 	link    string // as the kernel shows it now
 	id      fileID
+	born    unix.StatxTimestamp // of the file; zero if its file system does not say
 	regular bool
 	none    bool // it may not be looked at
 }
@@ -54,13 +55,16 @@ func (p *process) openExecutable() (fd int, e executable, err error) {
 		return -1, e, err
 	}
 	e.id, e.regular = idOf(s), s.Mode&unix.S_IFMT == unix.S_IFREG
+	if s.Mask&unix.STATX_BTIME != 0 {
+		e.born = s.Btime
+	}
 	return fd, e, nil
 }
 
 // statOf returns the metadata of a descriptor from memory: AT_STATX_DONT_SYNC asks no server.
 func statOf(fd int) (*unix.Statx_t, error) {
 	var s unix.Statx_t
-	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &s)
+	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_BASIC_STATS|unix.STATX_BTIME|unix.STATX_MNT_ID, &s)
 	return &s, err
 }
 
@@ -69,6 +73,8 @@ func idOf(s *unix.Statx_t) fileID {
 		devMajor: s.Dev_major, devMinor: s.Dev_minor, inode: s.Ino, size: int64(s.Size), changed: s.Ctime, modified: s.Mtime,
 	}
 }
+
+const replacedWarning = "executable.path: the file was deleted or replaced while the program runs"
 
 // pathOf returns the path of an executable as a fact, or why there is none. A path is believed if it leads to the same
 // file in the agent's own mount namespace: in a namespace of its own a process may have any file at any path. sameMounts
@@ -84,9 +90,44 @@ func (a *Attestor) pathOf(ctx context.Context, e executable, sameMounts bool) (p
 		return e.link, ""
 	}
 	if name, ok := strings.CutSuffix(e.link, deletedMark); ok && sameMounts {
-		return name, "executable.path: the file was deleted or replaced while the program runs"
+		return name, replacedWarning
 	}
 	return "", "executable.path: the path is one of the process's own mount namespace and says nothing outside of it"
+}
+
+// running is one process that executes one file. A file that was born at the same time under the same number is the same
+// one, also after others had the number: no process can choose the time of birth.
+//
+// Shape: comparable.
+type running struct {
+	pid                int
+	start              uint64
+	devMajor, devMinor uint32
+	inode              uint64
+	born               unix.StatxTimestamp
+}
+
+// remembered is [Attestor.pathOf] for a process in a mount namespace of its own, as `redoubt run` makes one: a path that
+// was believed stays so while the process executes the same file, also when that is deleted or replaced there (a package
+// is upgraded). Of a file that was gone when it was first looked at, or before the agent started, nothing is believed.
+func (a *Attestor) remembered(pid int, s snapshot, path, warning string) (_, _ string) {
+	if s.exe.born == (unix.StatxTimestamp{}) {
+		return path, warning
+	}
+	id := s.exe.id
+	key := running{pid: pid, start: s.start, devMajor: id.devMajor, devMinor: id.devMinor, inode: id.inode, born: s.exe.born}
+	if path != "" {
+		if a.paths.put(key, path) {
+			a.config.Meter.Count("attest_path_memory", 1, "result", "evicted")
+		}
+		return path, warning
+	}
+	if name, ok := strings.CutSuffix(s.exe.link, deletedMark); ok {
+		if was, ok := a.paths.get(key); ok && was == name {
+			return name, replacedWarning
+		}
+	}
+	return path, warning
 }
 
 // resolveCached is RESOLVE_CACHED (linux/openat2.h): succeed from the cache of names, or not at all.

@@ -223,7 +223,11 @@ func (a *Attestor) executable(ctx context.Context, r *reading, p *process, fd in
 		r.warn("executable.path, executable.sha256: the agent may not look at this process (it needs CAP_SYS_PTRACE)")
 		return nil
 	}
-	path, warning := a.pathOf(ctx, s.exe, s.mounts == ownMounts())
+	sameMounts := s.mounts == ownMounts()
+	path, warning := a.pathOf(ctx, s.exe, sameMounts)
+	if !sameMounts {
+		path, warning = a.remembered(p.pid, s, path, warning)
+	}
 	switch {
 	case path != "":
 		r.fact(identity.FactExePath, path, identity.FromKernel, r.evidence+"/exe")

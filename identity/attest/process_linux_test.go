@@ -268,6 +268,73 @@ func TestDeletedAndReplacedExecutables(t *testing.T) {
 	}
 }
 
+// A workload of redoubt run has a mount namespace of its own and outlives the upgrade of its package.
+func TestPathIsRememberedThroughAnUpgrade(t *testing.T) {
+	needRoot(t)
+	a := attestor(t, attest.Config{})
+	dir := t.TempDir()
+	path, impostor := filepath.Join(dir, "orders"), filepath.Join(dir, "impostor")
+	sum := copied(t, path)
+	pid, said := started(t, inOwnMounts(path, player, "sleep"))
+	unseen, _ := started(t, inOwnMounts(path, player, "sleep"))
+	if said != "ready" {
+		t.Fatalf("the player said %q", said)
+	}
+	before := facts(t, a, pid)
+	wantText(t, before, identity.FactExePath, path, identity.FromKernel)
+	if len(before.Warnings) > 0 {
+		t.Errorf("warned: %q", before.Warnings)
+	}
+	copied(t, impostor)
+	if err := os.Rename(impostor, path); err != nil { // as package managers do
+		t.Fatal(err)
+	}
+	s := facts(t, a, pid)
+	wantText(t, s, identity.FactExePath, path, identity.FromKernel)
+	wantText(t, s, identity.FactExeSHA256, sum, identity.FromKernel)
+	wantWarning(t, s, "deleted or replaced")
+
+	// Of another process of the same file, or by another agent, it was never seen to be true.
+	s = facts(t, a, unseen)
+	wantText(t, s, identity.FactExePath, "", "")
+	wantWarning(t, s, "mount namespace")
+	wantText(t, facts(t, attestor(t, attest.Config{}), pid), identity.FactExePath, "", "")
+}
+
+// What a process executes later, under the path that it was believed to have, is another file.
+func TestARememberedPathIsOfOneFile(t *testing.T) {
+	needRoot(t)
+	a := attestor(t, attest.Config{})
+	dir := t.TempDir()
+	path, next := filepath.Join(dir, "orders"), filepath.Join(dir, "next")
+	copied(t, path)
+	copied(t, next)
+	cmd := inOwnMounts(path, player, "bind-later", path, next)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, _ := started(t, cmd)
+	wantText(t, facts(t, a, pid), identity.FactExePath, path, identity.FromKernel)
+	_, _ = stdin.Write([]byte("\n"))
+	for range 100 { // until it executes what it has put there, and has deleted it
+		if link, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); link == path+" (deleted)" {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if link, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); link != path+" (deleted)" {
+		t.Fatalf("the impostor failed: %q", link)
+	}
+	wantText(t, facts(t, a, pid), identity.FactExePath, "", "")
+}
+
+func inOwnMounts(path string, args ...string) *exec.Cmd {
+	cmd := exec.Command(path, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	return cmd
+}
+
 func TestProgramInMemoryHasNoPath(t *testing.T) {
 	a := attestor(t, attest.Config{})
 	s := facts(t, a, playing(t, "memfd", "../usr/bin/orders"))
