@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto"
@@ -94,13 +95,14 @@ const (
 	MaxAudienceBytes = 256
 	// MaxEventBatch bounds one call of Ingest.
 	MaxEventBatch = 1_000
-	// MaxPayloadBytes bounds one change: a policy set larger than that is not pushed (and said so, loudly).
-	MaxPayloadBytes = 8 << 20
+	// MaxPayloadBytes bounds one change: four times what a policy set may have, since JSON escapes. One that is larger still
+	// is not pushed ([Fleet.PublishProblem]).
+	MaxPayloadBytes = 32 << 20
 	// MaxReasonBytes bounds the reason of a revocation or quarantine.
 	MaxReasonBytes = 512
 
 	tailChanges   = 4_096    // changes kept in memory for agents that follow closely
-	tailBytes     = 16 << 20 // of payload
+	tailBytes     = 64 << 20 // of payload
 	reissuePage   = 200      // workloads re-evaluated in one transaction
 	sweepEvery    = 20 * time.Second
 	touchWorkload = 5 * time.Minute // how stale Workload.Seen may be
@@ -119,19 +121,20 @@ type Fleet struct {
 	// write serializes updates of what is cached and followed, so that both are in the order of commits. Taken before mu.
 	write sync.Mutex
 
-	mu      sync.Mutex // guards what follows
-	stale   bool       // a commit failed in doubt: reload before going on
-	tail    tail
-	changed chan struct{}           // closed at the next change
-	told    chan struct{}           // closed at the next event stored
-	current map[ChangeKind][32]byte // hash of the payload last published, of policy set and bundle
-	members map[string]member       // machines
-	revoked withdrawals[Revocation]
-	isolate withdrawals[Quarantine]
-	accused map[string]time.Time // machine → when an overreach of it was last put into the audit log
-	shot    *Snapshot            // the last one taken
-	buckets map[string]bucket    // of events, by machine
-	due     map[subject]string   // whose workloads must follow a withdrawal → the instance after which to go on
+	mu       sync.Mutex // guards what follows
+	stale    bool       // a commit failed in doubt: reload before going on
+	tail     tail
+	changed  chan struct{}           // closed at the next change
+	told     chan struct{}           // closed at the next event stored
+	current  map[ChangeKind][32]byte // hash of the payload last published, of policy set and bundle
+	members  map[string]member       // machines
+	revoked  withdrawals[Revocation]
+	isolate  withdrawals[Quarantine]
+	accused  map[string]time.Time  // machine → when an overreach of it was last put into the audit log
+	problems map[ChangeKind]string // why it is not pushed
+	shot     *Snapshot             // the last one taken
+	buckets  map[string]bucket     // of events, by machine
+	due      map[subject]string    // whose workloads must follow a withdrawal → the instance after which to go on
 
 	shoot    sync.Mutex    // one snapshot is taken at a time
 	hurry    chan struct{} // something became due
@@ -180,7 +183,7 @@ func Open(ctx context.Context, cfg Config) (*Fleet, error) {
 	f := &Fleet{
 		cfg: cfg, meter: cfg.Meter, log: cfg.Logger, emit: make(chan event.Event, emitQueue), routine: make(chan event.Event, emitQueue),
 		changed: make(chan struct{}), told: make(chan struct{}), accused: map[string]time.Time{},
-		buckets: map[string]bucket{}, due: map[subject]string{}, hurry: make(chan struct{}, 1), catching: make(chan struct{}, 1),
+		problems: map[ChangeKind]string{}, buckets: map[string]bucket{}, due: map[subject]string{}, hurry: make(chan struct{}, 1), catching: make(chan struct{}, 1),
 	}
 	if err := f.load(ctx); err != nil {
 		return nil, fmt.Errorf("open fleet: %w", err)
@@ -282,7 +285,7 @@ type unit struct {
 func (u *unit) push(ctx context.Context, kind ChangeKind, key string, payload any) error {
 	c := Change{Kind: kind, Key: key, Deleted: payload == nil}
 	if payload != nil {
-		raw, err := json.Marshal(payload)
+		raw, err := encode(payload)
 		if err != nil {
 			return fmt.Errorf("render change of %s: %w", kind, err)
 		}
@@ -294,6 +297,20 @@ func (u *unit) push(ctx context.Context, kind ChangeKind, key string, payload an
 	}
 	u.changes = append(u.changes, c)
 	return nil
+}
+
+// encode renders a payload. What HTML would need escaped is common in policies, and is left as it is.
+func encode(payload any) (json.RawMessage, error) {
+	if raw, ok := payload.(json.RawMessage); ok {
+		return raw, nil
+	}
+	var out bytes.Buffer
+	e := json.NewEncoder(&out)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(payload); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSuffix(out.Bytes(), []byte("\n")), nil
 }
 
 // update runs fn as one transaction and, when it is committed, brings caches and followers up to it.

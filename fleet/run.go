@@ -1,9 +1,11 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -81,16 +83,18 @@ func (f *Fleet) publishPolicySet(ctx context.Context) error {
 
 // publish pushes what there is one of, if it differs from what was pushed last.
 func (f *Fleet) publish(ctx context.Context, kind ChangeKind, key string, payload any) error {
-	raw, err := json.Marshal(payload)
+	raw, err := encode(payload)
 	if err != nil {
 		return err
 	}
 	if len(raw) > MaxPayloadBytes {
+		f.problem(kind, fmt.Sprintf("the %s has %d bytes as it is sent, more than %d: agents were not sent it, and keep what they have", kind, len(raw), MaxPayloadBytes))
 		f.meter.Count("fleet_publish_refused", 1, "kind", string(kind))
 		f.log.ErrorContext(ctx, "too large to be sent to agents: they keep what they have", slog.String("kind", string(kind)),
 			slog.Int("bytes", len(raw)), slog.Int("limit", MaxPayloadBytes))
 		return nil
 	}
+	f.problem(kind, "")
 	sum := hashOf(raw)
 	f.mu.Lock()
 	same := f.current[kind] == sum
@@ -102,6 +106,24 @@ func (f *Fleet) publish(ctx context.Context, kind ChangeKind, key string, payloa
 		u.then = append(u.then, func() { f.current[kind] = sum })
 		return u.push(ctx, kind, key, json.RawMessage(raw))
 	})
+}
+
+// problem notes why a kind is not pushed; "" is that it is. What is new is told as an event.
+func (f *Fleet) problem(kind ChangeKind, text string) {
+	f.mu.Lock()
+	was := f.problems[kind]
+	f.problems[kind] = text
+	f.mu.Unlock()
+	if text != "" && text != was {
+		f.note(string(kind)+".not_pushed", "", text, nil)
+	}
+}
+
+// PublishProblem says why agents are not sent the policy set (or bundle) that is in force; "" if they are.
+func (f *Fleet) PublishProblem() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return cmp.Or(f.problems[KindPolicySet], f.problems[KindBundle])
 }
 
 // reissue re-evaluates every workload present, in pages, so that others get a turn.

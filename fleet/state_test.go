@@ -451,21 +451,61 @@ func TestMachinesAreLostAndComeBack(t *testing.T) {
 	}
 }
 
-func TestAPolicySetTooLargeIsNotPushed(t *testing.T) {
+func TestAPolicySetTooLargeIsNotPushedAndSaidSo(t *testing.T) {
 	w := newWorld(t, nil)
-	w.cfg.Rules = huge{w.rules}
+	w.cfg.Rules = &sized{rules: w.rules, content: strings.Repeat("x", fleet.MaxPayloadBytes)}
 	w.open()
 	w.run()
-	eventually(t, "it is counted", func() bool { return w.meter.get("fleet_publish_refused kind policy_set") == 1 })
-	if w.live()["policy_set/current"] != "" {
-		t.Error("pushed")
+	eventually(t, "it is told", func() bool {
+		list, err := w.fleet.Events(t.Context(), fleet.EventQuery{Kind: "policy_set.not_pushed"})
+		return err == nil && len(list) == 1
+	})
+	if w.live()["policy_set/current"] != "" || w.meter.get("fleet_publish_refused kind policy_set") != 1 {
+		t.Error("pushed, or not counted")
+	}
+	if p := w.fleet.PublishProblem(); !strings.Contains(p, "policy_set") {
+		t.Errorf("problem %q", p)
+	}
+	w.cfg.Rules.(*sized).set("x", "")
+	eventually(t, "it is pushed", func() bool { return w.live()["policy_set/current"] != "" })
+	if p := w.fleet.PublishProblem(); p != "" {
+		t.Errorf("problem %q", p)
 	}
 }
 
-type huge struct{ *rules }
+const maxSetBytes = 8 << 20 // policy/set.MaxBytes
 
-func (h huge) PolicySet() fleet.PolicySet {
-	return fleet.PolicySet{Files: []fleet.PolicyFile{{Name: "a", Content: strings.Repeat("x", fleet.MaxPayloadBytes)}}}
+func TestTheLargestPolicySetIsPushedWhateverItIsWrittenIn(t *testing.T) {
+	for _, character := range []string{"<", "&", `"`, "\n"} {
+		w := newWorld(t, nil)
+		w.cfg.Rules = &sized{rules: w.rules, content: strings.Repeat(character, maxSetBytes)}
+		w.open()
+		w.run()
+		eventually(t, "it is pushed", func() bool { return w.live()["policy_set/current"] != "" })
+		var got fleet.PolicySet
+		if err := json.Unmarshal([]byte(w.live()["policy_set/current"]), &got); err != nil || len(got.Files[0].Content) != maxSetBytes {
+			t.Errorf("%q: %v", character, err)
+		}
+	}
+}
+
+// sized rules have one file of this content.
+type sized struct {
+	*rules
+	content string // guarded by rules.mu
+}
+
+func (s *sized) PolicySet() fleet.PolicySet {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return fleet.PolicySet{Files: []fleet.PolicyFile{{Name: "a", Content: s.content}}}
+}
+
+func (s *sized) set(content, path string) {
+	s.mu.Lock()
+	s.content = content
+	s.mu.Unlock()
+	s.rules.set(path)
 }
 
 func TestGoneWorkloadsAreForgotten(t *testing.T) {
