@@ -174,7 +174,7 @@ func (c *cli) report(err error) int {
 			_, _ = fmt.Fprintf(c.err, "  %s: %s\n", e.Location, e.Message)
 		}
 	}
-	if r != nil && r.Decision != "" {
+	if r != nil && r.Decision != "" && !strings.Contains(err.Error(), r.Decision) { // it may say so itself
 		_, _ = fmt.Fprintf(c.err, "  decision %s: see redoubt why %s\n", r.Decision, r.Decision)
 	}
 	return code
