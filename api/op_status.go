@@ -81,6 +81,17 @@ func (s *server) getStatus(ctx context.Context, _ *call, _ *nothing) (*body[clie
 		out.Problems = append(out.Problems, "the panic switch is on: some workloads are observed, not enforced")
 	}
 	out.Problems = append(out.Problems, s.rotation.Status().Problems...)
+	if e, ok := s.events.(interface{ Dropped() uint64 }); ok {
+		if n := e.Dropped(); n > 0 {
+			out.Problems = append(out.Problems, "events of the server, decisions among them perhaps, that were dropped "+
+				"since it began, for want of room or of a store that works: "+strconv.FormatUint(n, 10))
+		}
+	}
+	if e, ok := s.events.(interface{ PublishProblem() string }); ok {
+		if problem := e.PublishProblem(); problem != "" {
+			out.Problems = append(out.Problems, "the policy set in force did not reach the agents: "+problem)
+		}
+	}
 	return &body[client.Status]{out}, nil
 }
 

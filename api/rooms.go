@@ -72,7 +72,8 @@ type Quarantines interface {
 	Release(ctx context.Context, id string, rec event.Record) error
 }
 
-// Events is what happened; fleet.Fleet has it.
+// Events is what happened; fleet.Fleet has it. It may also have Dropped() uint64, how many events were lost, and
+// PublishProblem() string, why the policy set in force cannot be given to the agents: the status shows them.
 type Events interface {
 	Events(ctx context.Context, q fleet.EventQuery) ([]fleet.StoredEvent, error)
 	// Decision returns what was told of a decision, by whom. Errors: a refusal of kind unknown.
