@@ -201,8 +201,8 @@ type RenewRequest struct {
 // that slept may come with a certificate that ended up to [Config.RenewGrace] ago. The CSR may have a new key, which then
 // is the registered one; the old one stays good until the machine first speaks with the new.
 //
-// Errors: [ErrMachineUnknown], [ErrMachineRevoked], [ErrMachineKey], [ErrKeyRevoked], [ErrRenewLate], and the authority's
-// of a CSR.
+// Errors: [ErrMachineUnknown], [ErrMachineRevoked], [ErrMachineKey], [ErrKeyRevoked], [ErrRenewLate], [ErrRotation],
+// and the authority's of a CSR.
 func (f *Fleet) Renew(ctx context.Context, req RenewRequest) (Joined, error) {
 	joined, err := f.renew(ctx, req)
 	if err != nil {
@@ -247,11 +247,14 @@ func (f *Fleet) renew(ctx context.Context, req RenewRequest) (Joined, error) {
 		if m, err = u.Machines.Machine(ctx, req.Machine); err != nil {
 			return err
 		}
-		m.LastSeen, m.Version = f.now(), clip(req.Version, maxVersionBytes)
 		rotated := spki != m.SPKI
 		if rotated {
-			m.Previous, m.SPKI = req.Proven, spki
+			if err := f.mayRotate(m, req); err != nil {
+				return err
+			}
+			m.Previous, m.SPKI, m.Rotated = req.Proven, spki, f.now()
 		}
+		m.LastSeen, m.Version = f.now(), clip(req.Version, maxVersionBytes)
 		if err := u.Machines.PutMachine(ctx, m); err != nil {
 			return err
 		}
@@ -267,6 +270,30 @@ func (f *Fleet) renew(ctx context.Context, req RenewRequest) (Joined, error) {
 		return Joined{}, err
 	}
 	return Joined{Machine: m, ID: id, Chain: chain, Bundle: f.cfg.Authority.Bundle()}, nil
+}
+
+// rotateLeast is how old a key is at the least when another takes its place.
+const rotateLeast = time.Minute
+
+// mayRotate refuses a machine that changes its key again and again: each time is a leaf of the audit log. A key is kept for
+// a tenth of [Config.AgentTTL], and a minute at the least; for no longer than that if the answer of the last rotation may
+// have been lost, or the certificate is about to end, or has ended.
+func (f *Fleet) mayRotate(m Machine, req RenewRequest) error {
+	least := min(rotateLeast, f.cfg.AgentTTL/4) // of certificates that live for seconds
+	now, keep := f.now(), max(f.cfg.AgentTTL/10, least)
+	since := m.Rotated
+	if since.IsZero() {
+		since = m.Joined
+	}
+	lost := m.Previous != "" && req.Proven == m.Previous
+	if lost || req.NotAfter.Sub(now) < keep {
+		keep = least
+	}
+	if age := now.Sub(since); age >= keep || age < 0 { // the clock was set back
+		return nil
+	}
+	return refuse(ErrRotation, refusal.Exhausted, "renewal of machine "+m.ID, "its key was changed at "+stamp(since)+", less than "+keep.String()+" ago",
+		"renew with the same key, or later")
 }
 
 // Authenticate says whether a machine that proved to hold a key may speak: it joined, this is its key (or the one before

@@ -166,6 +166,7 @@ func TestRenewal(t *testing.T) {
 	if err := renew(k, k); err != nil {
 		t.Errorf("renewal with the same key: %v", err)
 	}
+	w.clock.add(3 * time.Hour)
 	if err := renew(k, next); err != nil {
 		t.Errorf("rotation: %v", err)
 	}
@@ -173,6 +174,8 @@ func TestRenewal(t *testing.T) {
 	if err := w.fleet.Authenticate(t.Context(), "m1", k.spki); err != nil {
 		t.Errorf("old key before the new one was used: %v", err)
 	}
+	want(t, renew(k, third), fleet.ErrRotation)
+	w.clock.add(time.Minute)
 	if err := renew(k, third); err != nil {
 		t.Errorf("rotation, again: %v", err)
 	}
@@ -186,7 +189,7 @@ func TestRenewal(t *testing.T) {
 		t.Errorf("%d rotations audited", n)
 	}
 
-	w.clock.add(24*time.Hour + 29*24*time.Hour)
+	w.clock.add(24*time.Hour + 29*24*time.Hour - 3*time.Hour - time.Minute)
 	if err := renew(third, third); err != nil {
 		t.Errorf("a machine that slept must come back: %v", err)
 	}
@@ -197,6 +200,55 @@ func TestRenewal(t *testing.T) {
 		t.Fatal(err)
 	}
 	want(t, renew(third, third), fleet.ErrMachineRevoked)
+}
+
+func TestAKeyIsNotRotatedAgainAndAgain(t *testing.T) {
+	w := newWorld(t, nil)
+	k, j := w.join("m1")
+	notAfter := j.Chain[0].NotAfter
+	rotate := func() error {
+		t.Helper()
+		next := newKey(t)
+		j, err := w.fleet.Renew(t.Context(), fleet.RenewRequest{Machine: "m1", Proven: k.spki, NotAfter: notAfter, CSR: next.csr})
+		if err == nil {
+			k, notAfter = next, j.Chain[0].NotAfter
+			err = w.fleet.Authenticate(t.Context(), "m1", k.spki)
+		}
+		return err
+	}
+	want(t, rotate(), fleet.ErrRotation) // it has just joined
+	if _, err := w.fleet.Renew(t.Context(), fleet.RenewRequest{Machine: "m1", Proven: k.spki, NotAfter: notAfter, CSR: k.csr}); err != nil {
+		t.Errorf("renewal with the same key: %v", err)
+	}
+	for range 3 {
+		w.clock.add(fleet.DefaultAgentTTL / 10)
+		if err := rotate(); err != nil {
+			t.Fatal(err)
+		}
+		for range 5 {
+			want(t, rotate(), fleet.ErrRotation)
+		}
+		w.open() // nor after a restart
+		w.clock.add(time.Hour)
+		want(t, rotate(), fleet.ErrRotation)
+	}
+	// One whose certificate is about to end may, but not more than once a minute.
+	notAfter = w.clock.now().Add(time.Minute)
+	if err := rotate(); err != nil {
+		t.Errorf("with a certificate that is about to end: %v", err)
+	}
+	notAfter = w.clock.now().Add(-time.Hour)
+	want(t, rotate(), fleet.ErrRotation)
+	w.clock.add(time.Minute)
+	if err := rotate(); err != nil {
+		t.Errorf("with one that has ended: %v", err)
+	}
+	if n := w.records("machine.rotate-key"); n != 5 {
+		t.Errorf("%d leaves", n)
+	}
+	if n := w.meter.get("fleet_renewals_refused code " + fleet.ErrRotation.Code); n != 1+3*6+1 {
+		t.Errorf("%d counted", n)
+	}
 }
 
 func TestTokenBounds(t *testing.T) {

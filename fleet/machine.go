@@ -29,6 +29,8 @@ type Machine struct {
 	// answer that carried the new certificate may have been lost.
 	Previous string    `json:"previous_spki,omitempty"`
 	Joined   time.Time `json:"joined"`
+	// Rotated is when SPKI took the place of another key; zero: it is the key it joined with.
+	Rotated  time.Time `json:"rotated,omitzero"`
 	LastSeen time.Time `json:"last_seen"`
 	// Lost is computed when read: nothing was heard for [Config.LostAfter].
 	Lost    bool             `json:"lost"`

@@ -26,6 +26,7 @@ var (
 	ErrMachineRevoked = &refusal.Error{Code: "machine-revoked"}
 	ErrMachineKey     = &refusal.Error{Code: "machine-key-unknown"}
 	ErrKeyRevoked     = &refusal.Error{Code: "key-revoked"}
+	ErrRotation       = &refusal.Error{Code: "key-rotated-lately"}
 	ErrRenewLate      = &refusal.Error{Code: "renewal-too-late"}
 
 	// Of workloads.

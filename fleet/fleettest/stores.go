@@ -220,7 +220,7 @@ func testTokens(t *testing.T, s fleet.Store) {
 
 func testMachines(t *testing.T, s fleet.Store) {
 	a := fleet.Machine{
-		ID: "m1", Name: "the first", State: fleet.MachineJoined, SPKI: "aa", Previous: "bb", Joined: at(0), LastSeen: at(1), Version: "v1",
+		ID: "m1", Name: "the first", State: fleet.MachineJoined, SPKI: "aa", Previous: "bb", Joined: at(0), Rotated: at(1), LastSeen: at(1), Version: "v1",
 		Facts: factSet(identity.Fact{Name: "os.name", Value: "debian", Source: identity.FromKernel, Evidence: "/etc/os-release", Epoch: 3}),
 	}
 	b := fleet.Machine{ID: "m2", Name: "m2", State: fleet.MachineRevoked, SPKI: "cc", Joined: at(0), LastSeen: at(2)}
