@@ -152,10 +152,10 @@ func TestContainerGetsItsIdentityByRule(t *testing.T) {
 	}
 	engine("build", "-q", "-t", image, dir)
 	t.Cleanup(func() { _ = exec.Command(podman, "rmi", "-f", image).Run() })
-	run := func(label, parent string) string {
+	run := func(label, user, parent string) string {
 		t.Helper()
 		id := engine("run", "-d", "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--cgroup-parent", parent,
-			"--label", "app="+label, "--user", "1234:1234", "-v", d.dir+":"+d.dir, "--env", "SPIFFE_ENDPOINT_SOCKET=unix://"+m1.socket, image)
+			"--label", "app="+label, "--user", user, "-v", d.dir+":"+d.dir, "--env", "SPIFFE_ENDPOINT_SOCKET=unix://"+m1.socket, image)
 		t.Cleanup(func() { _ = exec.Command(podman, "rm", "-f", "-t", "0", id).Run() })
 		return id
 	}
@@ -165,8 +165,8 @@ spec:
   when: context has container && context.container has image && context.container.image == %q && context.container.label.app == "orders" && context.container.label.team == "shop"
   id: /container/{container.label.app}
 `, image)})
-	orders, other := run("orders", m1.cgroups), run("stranger", m1.cgroups)
-	outside := run("orders", program.cgroups+"/elsewhere") // another machine's, as it were
+	orders, other := run("orders", "1234:1234", m1.cgroups), run("stranger", "0:0", m1.cgroups)
+	outside := run("orders", "1234:1234", program.cgroups+"/elsewhere") // another machine's, as it were
 	fetch := func(id string) (fetched, string) {
 		t.Helper()
 		r := command(t, nil, "", podman, "--runtime", "runc", "--cgroup-manager=cgroupfs", "exec", id, "/redoubt", "identity", "fetch", "--json")
@@ -185,6 +185,11 @@ spec:
 		t.Errorf("the other container got %+v", got)
 	}
 	contains(t, "the other container", why, "issuance rule", "shop-containers", "identity explain")
+	// It runs as root, which nobody said, and is what counts.
+	w := document[struct{ Workload machine.Workload }](t, m1.cli("identity", "explain", engine("inspect", "--format", "{{.State.Pid}}", other))...).Workload
+	if p := m1.protection(t, w.Instance); !w.Privileged || p.Reason != "privileged workload" {
+		t.Errorf("a container that runs as root is shown as %+v", p)
+	}
 	if got, why := fetch(outside); !strings.Contains(why, "belongs to no workload") {
 		t.Errorf("a container outside of this machine's subtree got %+v %s", got, why)
 	}
