@@ -87,6 +87,7 @@ var propertyDocs = map[string]string{
 	"Machine.last_seen":      "When it was last heard of.",
 	"Machine.lost":           "Nothing was heard of it for some time.",
 	"Machine.previous_spki":  "The key before the last rotation, until the new one is first used.",
+	"Machine.rotated":        "When its key took the place of another; absent: it is the key it joined with.",
 	"Machine.state":          "joined or revoked.",
 	"Workload.state":         "present or gone.",
 	"Workload.since":         "Since when it is known.",
