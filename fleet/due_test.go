@@ -252,3 +252,36 @@ func TestQuarantinesOfInstancesThatAreNoMoreAreDropped(t *testing.T) {
 		t.Errorf("left %v", got)
 	}
 }
+
+// doubtful is a store that commits, and then says that it did not, once.
+type doubtful struct {
+	fleet.Store
+	once *bool
+}
+
+func (s doubtful) Update(ctx context.Context, fn func(fleet.Tx) error) error {
+	err := s.Store.Update(ctx, fn)
+	if err == nil && *s.once {
+		*s.once = false
+		return errors.New("the disk went away")
+	}
+	return err
+}
+
+func TestAWithdrawalCommittedInDoubtIsFollowed(t *testing.T) {
+	w := newWorld(t, nil)
+	w.join("m1")
+	w.many("m1", 3)
+	once := true
+	w.cfg.Store = doubtful{w.store, &once}
+	w.open()
+	if _, err := w.fleet.Quarantine(t.Context(), fleet.Quarantine{Identity: orders, Reason: "x"}, rec()); err == nil {
+		t.Fatal("it cannot know")
+	}
+	if _, err := w.fleet.Quarantine(t.Context(), fleet.Quarantine{Identity: mustID("spiffe://example.org/service/other"), Reason: "x"}, rec()); err != nil {
+		t.Fatal(err)
+	}
+	if _, held := w.held(); held != 3 {
+		t.Errorf("%d held", held)
+	}
+}
