@@ -144,12 +144,11 @@ func unitOf(s Subject) string {
 		}
 	}
 	// From the top down, and only the very name: what a workload makes below its own cgroup is the workload.
-	at := ""
-	for part := range strings.SplitSeq(strings.Trim(s.Cgroup, "/"), "/") {
-		at += "/" + part
+	parts := strings.Split(strings.Trim(s.Cgroup, "/"), "/")
+	for i, part := range parts {
 		name := strings.TrimSuffix(part, ".scope")
 		if part == mark || container && (name == mark || strings.HasSuffix(name, "-"+mark)) {
-			return at
+			return "/" + strings.Join(parts[:i+1], "/")
 		}
 	}
 	return ""

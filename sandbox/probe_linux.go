@@ -52,7 +52,7 @@ func probeMain(args []string) int {
 		leaveCgroup(), writeCgroupfs(), ioUring(), packet(), vsock(), capabilities(), noNewPrivs(), setUID(bait),
 	}
 	if haveForeignCalls {
-		outcomes = append(outcomes, inChild(ProtectForeign, childForeign, nil))
+		outcomes = append(outcomes, inChild(ProtectForeign, childForeign))
 	}
 	return printed(outcomes...)
 }
@@ -66,8 +66,8 @@ func printed(outcomes ...outcome) int {
 
 // inChild runs one attack in a process of its own. One that does not answer, because it could not be started or was
 // killed, has not been made.
-func inChild(name, attack string, attr *syscall.SysProcAttr) outcome {
-	o, err := runChild(attack, attr)
+func inChild(name, attack string) outcome {
+	o, err := runChild(attack, nil)
 	if err != nil {
 		return outcome{Name: name, Untried: true, How: fmt.Sprintf("its process did not come to it: %v", err)}
 	}
@@ -97,7 +97,7 @@ func runChild(attack string, attr *syscall.SysProcAttr) (outcome, error) {
 // unprivileged user has refused the attack at its first step; that it is the kernel, and not a want of memory or of
 // processes, is told by a child that starts without them and by the error.
 func inNamespaces(name, attack string, kinds map[string]uintptr) outcome {
-	if o := inChild(name, childControl, nil); o.Untried {
+	if o := inChild(name, childControl); o.Untried {
 		return o
 	}
 	id := func(n int) []syscall.SysProcIDMap { return []syscall.SysProcIDMap{{HostID: n, Size: 1}} }
