@@ -160,7 +160,7 @@ func (c *cli) rollbackVerb() *cobra.Command {
 	var dry bool
 	cmd := &cobra.Command{
 		Use:   "rollback [--to VERSION]",
-		Short: "Put an earlier policy set back in force (default: the one before)",
+		Short: "Put an earlier policy set back in force (default: the newest that stayed and differs)",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			d, err := duration("confirm-within", within)
