@@ -54,6 +54,7 @@ type Session struct {
 	mu     sync.Mutex // guards what follows
 	conn   *connection
 	status Status
+	why    string        // of status.Error, without what to do
 	past   uint64        // the revision last applied here, which a receiver may not keep across snapshots
 	skew   time.Duration // server's clock minus ours, as last heard
 }
@@ -147,7 +148,10 @@ func (s *Session) told(err error) {
 	}
 	s.status.Connected, s.conn = false, nil
 	if err != nil {
-		s.status.Error = err.Error()
+		s.status.Error, s.why = err.Error(), err.Error()
+		if r := refusal.As(err); r != nil {
+			s.why = r.Why // whoever asks meanwhile gets a refusal of its own around it
+		}
 	}
 }
 
@@ -406,8 +410,8 @@ func (s *Session) ask(ctx context.Context) (*connection, context.Context, contex
 		ctx, cancel := context.WithTimeout(ctx, within)
 		return s.conn, ctx, cancel, nil
 	}
-	why := s.status.Error
-	if why == "" {
+	why := s.why
+	if s.status.Error == "" {
 		why = "this agent is not connected to it"
 	}
 	return nil, nil, nil, refuse(ErrUnreachable, refusal.Unavailable, "server "+s.client.cfg.Server, why, "it is tried again; what was decided and issued here still holds")

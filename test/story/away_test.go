@@ -85,6 +85,9 @@ func TestAgentOutlivesItsServer(t *testing.T) {
 		}
 	}
 
+	if log := m1.role.log.String(); strings.Count(lineWith(log, "an SVID was not renewed"), "it is tried again") > 1 {
+		t.Errorf("a refusal within a refusal: %s", lineWith(log, "an SVID was not renewed"))
+	}
 	d.start(t)
 	m1.connected(t)
 	eventually(t, 60*time.Second, "the SVID is renewed", func() (bool, string) {
