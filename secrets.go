@@ -234,11 +234,14 @@ const certificateNap = 15 * time.Second
 // run renews until ctx ends.
 func (c *serverCertificate) run(ctx context.Context, log *slog.Logger) error {
 	for {
+		c.mu.Lock()
+		wait := time.Until(c.renewAt)
+		c.mu.Unlock()
 		// Timers stand still while a machine sleeps, and clocks are set: no nap is long.
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(certificateNap):
+		case <-time.After(min(max(wait, time.Second), certificateNap)):
 		}
 		c.mu.Lock()
 		due, names := !time.Now().Round(0).Before(c.renewAt), c.names
