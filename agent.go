@@ -252,6 +252,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	return err
 }
 
+// tellEvery bounds how often a whole round of protections goes to the server, however fast they change.
+const tellEvery = 10 * time.Second
+
 // tellProtections tells the server what is protected here whenever that changes, and now and then.
 func (a *Agent) tellProtections(ctx context.Context) {
 	var last any
@@ -261,7 +264,7 @@ func (a *Agent) tellProtections(ctx context.Context) {
 	for {
 		if a.host.proofs.Load() != nil {
 			list := a.host.Protections()
-			if !reflect.DeepEqual(last, any(list)) || time.Since(told) > time.Hour {
+			if !reflect.DeepEqual(last, any(list)) && time.Since(told) > tellEvery || time.Since(told) > time.Hour {
 				events, err := protectionsEvents(list)
 				if err != nil {
 					a.log.Error("protections were not told", "error", err)

@@ -3,6 +3,7 @@ package redoubt
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -28,16 +29,19 @@ import (
 
 // host plugs the doors that look at this machine (attest, sandbox, sensor) into those that need them.
 type host struct {
-	id       string
-	attestor *attest.Attestor
-	machine  *machine.Machine
-	meter    event.Meter
-	subtree  string
-	userMu   sync.Mutex
-	reserved map[uint32]time.Time // dynamic users given out and not registered yet, until when; guarded by userMu
-	proofs   atomic.Pointer[[]policy.Protection]
-	ledger   atomic.Pointer[sensor.Ledger]
-	extra    func() map[string]any // what `doctor` shows of the agent itself
+	id        string
+	attestor  *attest.Attestor
+	machine   *machine.Machine
+	meter     event.Meter
+	subtree   string
+	userMu    sync.Mutex
+	reserved  map[uint32]time.Time // dynamic users given out and not registered yet, until when; guarded by userMu
+	proofs    atomic.Pointer[[]policy.Protection]
+	ledger    atomic.Pointer[sensor.Ledger]
+	doubtMu   sync.Mutex
+	doubted   map[string]string     // guarded by doubtMu
+	doubtedAt time.Time             // guarded by doubtMu
+	extra     func() map[string]any // what `doctor` shows of the agent itself
 }
 
 // Process implements machine.Attestor.
@@ -219,9 +223,21 @@ func (h *host) Protections() []policy.Protection {
 	return append(out, h.machine.Protections(proofs, h.doubts())...)
 }
 
+// doubtsFor is how long an answer of doubts stands: it reads every process of the machine.
+const doubtsFor = 5 * time.Second
+
 // doubts looks at every process of the machine and says of workloads why what was proved of confinement in general does not
 // hold of them: a process that is not confined, or one outside that runs as the same user and may therefore trace it.
 func (h *host) doubts() map[string]string {
+	h.doubtMu.Lock()
+	defer h.doubtMu.Unlock()
+	if h.doubted == nil || time.Since(h.doubtedAt) > doubtsFor {
+		h.doubted, h.doubtedAt = h.look(), time.Now()
+	}
+	return h.doubted
+}
+
+func (h *host) look() map[string]string {
 	workloads := map[string]machine.Workload{} // confined ones, by cgroup
 	byUID := map[uint32]machine.Workload{}
 	for _, w := range h.machine.Workloads() {
@@ -239,25 +255,25 @@ func (h *host) doubts() map[string]string {
 		if err != nil {
 			continue
 		}
+		uids := usersOf(pid)
 		cgroup := unifiedCgroup(pid)
 		inside, is := workloads[cgroup]
 		for p := cgroup; !is && len(p) > 1; p = path.Dir(p) {
 			inside, is = workloads[p]
 		}
-		c, err := sandbox.Confinement(pid)
-		if err != nil || c.PID == 0 {
-			continue // it ended, or is none of a user's
-		}
+		// Reasons name no pid: what is shown must not change with every short-lived process.
 		if is {
-			if lacks := c.Lacks(); len(lacks) > 0 {
-				out[inside.Instance] = "process " + e.Name() + " is not confined: " + strings.Join(lacks, ", ")
+			if c, err := sandbox.Confinement(pid); err == nil {
+				if lacks := c.Lacks(); len(lacks) > 0 {
+					out[inside.Instance] = "a process of it is not confined: " + strings.Join(lacks, ", ")
+				}
 			}
 		}
-		for _, uid := range c.UIDs {
+		for _, uid := range uids {
 			if w, shared := byUID[uid]; shared && (!is || inside.Instance != w.Instance) {
-				out[w.Instance] = "its user is shared with process " + e.Name() + " outside of it, which may trace it"
+				out[w.Instance] = "its user is shared with processes outside of it, which may trace it"
 				if is {
-					out[inside.Instance] = "its user is shared with workload " + w.Instance
+					out[inside.Instance] = "its user is shared with another workload"
 				}
 			}
 		}
@@ -265,19 +281,46 @@ func (h *host) doubts() map[string]string {
 	return out
 }
 
+// usersOf returns the real, effective, saved and file system user of a process, or none once it is gone.
+func usersOf(pid int) []uint32 {
+	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(raw)) {
+		rest, ok := strings.CutPrefix(line, "Uid:")
+		if !ok {
+			continue
+		}
+		var out []uint32
+		for field := range strings.FieldsSeq(rest) {
+			if uid, err := strconv.ParseUint(field, 10, 32); err == nil {
+				out = append(out, uint32(uid))
+			}
+		}
+		return out
+	}
+	return nil
+}
+
 // privileged implements machine.Config.Privileged.
-func (h *host) privileged(cgroup string) bool {
+func (h *host) privileged(cgroup string) (privileged, known bool) {
 	t, err := h.attestor.Resolve(context.Background(), cgroup)
 	if err != nil {
-		return false
+		return false, false
 	}
+	known = true
 	for _, pid := range t.PIDs {
 		c, err := sandbox.Confinement(pid)
-		if err == nil && (slices.Contains(c.UIDs[:], 0) || c.Permitted|c.Effective != 0) {
-			return true
+		switch {
+		case errors.Is(err, sandbox.ErrGone):
+		case err != nil:
+			known = false
+		case slices.Contains(c.UIDs[:], 0) || c.Permitted|c.Effective != 0:
+			return true, true
 		}
 	}
-	return false
+	return false, known
 }
 
 // Doctor implements local.Host.

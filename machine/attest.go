@@ -24,23 +24,27 @@ func (m *Machine) attest(ctx context.Context, w *workload, pid int) error {
 	if err != nil {
 		return err
 	}
-	rootlike := m.cfg.Privileged != nil && m.cfg.Privileged(w.Cgroup)
+	rootlike, known := false, false
+	if m.cfg.Privileged != nil {
+		rootlike, known = m.cfg.Privileged(w.Cgroup)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if uid, ok := subject.Facts.Get(identity.FactUID); ok && uid.Value == int64(0) || rootlike {
-		w.Privileged = true // whatever was promised: this is what runs
-	}
 	if subject.Cgroup != w.Cgroup && !strings.HasPrefix(subject.Cgroup, strings.TrimSuffix(w.Cgroup, "/")+"/") {
 		return &refusal.Error{
 			Kind: refusal.Denied, Code: "not-of-this-workload", What: "attest a process for workload " + w.Instance,
 			Why: "the process is in cgroup " + subject.Cgroup + ", the workload is " + w.Cgroup, Do: "name a process of the workload",
 		}
 	}
+	was := w.Privileged
+	uid, ok := subject.Facts.Get(identity.FactUID)
+	// Whatever was promised: what runs counts. What cannot be told stays as it was.
+	w.Privileged = w.asked || rootlike || ok && uid.Value == int64(0) || !known && was
 	facts, err := subject.Facts.With(declared(w)...)
 	if err != nil {
 		return err
 	}
-	changed := w.PID != subject.PID || w.Start != subject.Start
+	changed := w.PID != subject.PID || w.Start != subject.Start || w.Privileged != was
 	if facts.Digest() != w.Facts.Digest() {
 		changed = true
 		w.Facts, err = w.Facts.With(facts.All()...)
@@ -120,17 +124,19 @@ func (m *Machine) discover(ctx context.Context, pid int, cgroup string) (*worklo
 		return nil, err
 	}
 	m.emit(w, "workload.discovered")
-	m.settle(ctx)
+	m.settle(ctx, w)
 	return w, nil
 }
 
-// settle reports what is due and has SVIDs signed, but does not wait long for a server that is away: whoever asked goes on,
-// and the registry's own loop tries again.
-func (m *Machine) settle(ctx context.Context) {
+// settle reports what is due and has the SVID of this workload signed, but does not wait long for a server that is away:
+// whoever asked goes on, and the registry's own loop tries again. Nobody else's renewal hangs on the caller's patience.
+func (m *Machine) settle(ctx context.Context, w *workload) {
 	brief, cancel := context.WithTimeout(ctx, briefly)
 	defer cancel()
 	m.reportDue(brief, false)
-	m.renewDue(brief)
+	if m.claim(w, time.Now().Round(0)) {
+		m.renew(brief, w)
+	}
 	m.wake()
 }
 
@@ -191,16 +197,27 @@ func (m *Machine) watch(ctx context.Context) {
 	}
 }
 
+// unsaidAfter is how long whoever started a workload has to say so.
+const unsaidAfter = 5 * time.Second
+
 // attestUnsaid attests a prepared workload that runs although whoever started it could not say so (the agent was down, or
 // busy): its processes are in its cgroup, so it is what was prepared.
 func (m *Machine) attestUnsaid(ctx context.Context, w *workload, dir string) {
 	m.mu.Lock()
-	young := time.Since(w.Since) < 2*time.Second
+	young, uid := time.Since(w.Since) < unsaidAfter, int64(w.UID)
 	m.mu.Unlock()
 	if young {
 		return // its starter is about to say
 	}
 	for _, pid := range processes(dir) {
+		// Until it has become the program, the launcher is in the cgroup, as root.
+		s, err := m.cfg.Attestor.Process(ctx, pid)
+		if err != nil {
+			continue
+		}
+		if is, _ := s.Facts.Get(identity.FactUID); is.Value != uid {
+			continue
+		}
 		if err := m.attest(ctx, w, pid); err == nil {
 			m.emit(w, "workload.started")
 			return
@@ -211,18 +228,32 @@ func (m *Machine) attestUnsaid(ctx context.Context, w *workload, dir string) {
 // attestDue looks again at workloads whose facts are due: an exec or a new label changes who they are.
 func (m *Machine) attestDue(ctx context.Context) {
 	m.mu.Lock()
-	var due []*workload
+	type look struct {
+		*workload
+		pid    int
+		cgroup string
+	}
+	var due []look
 	for _, w := range m.workloads {
 		if w.PID != 0 && time.Now().After(w.attestAt) {
 			w.attestAt = time.Now().Add(attestEvery)
-			due = append(due, w)
+			due = append(due, look{w, w.PID, w.Cgroup})
 		}
 	}
 	m.mu.Unlock()
-	for _, w := range due {
-		if err := m.attest(ctx, w, w.PID); err != nil {
-			// The first process may have ended while others go on: what was attested stands until the cgroup is empty.
-			m.log.Debug("a workload could not be attested again", "workload", w.Instance, "error", err)
+	for _, l := range due {
+		err := m.attest(ctx, l.workload, l.pid)
+		if err == nil {
+			continue
+		}
+		// The first process has ended, or its pid is another's by now: the oldest of those that go on stands for them.
+		for _, pid := range processes(m.dir(l.cgroup)) {
+			if err = m.attest(ctx, l.workload, pid); err == nil {
+				break
+			}
+		}
+		if err != nil {
+			m.log.Debug("a workload could not be attested again", "workload", l.Instance, "error", err)
 		}
 	}
 }
@@ -230,6 +261,9 @@ func (m *Machine) attestDue(ctx context.Context) {
 // reportDue tells the server of workloads whose facts changed (all of them when full) and of those that ended, and takes
 // its answers. It reports whether the server has been reached.
 func (m *Machine) reportDue(ctx context.Context, full bool) bool {
+	if !full && !m.anythingToReport() {
+		return false
+	}
 	select {
 	case m.reporting <- struct{}{}:
 		defer func() { <-m.reporting }()
@@ -269,6 +303,20 @@ func (m *Machine) reportDue(ctx context.Context, full bool) bool {
 		m.assign(a)
 	}
 	return true
+}
+
+func (m *Machine) anythingToReport() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.ended) > 0 {
+		return true
+	}
+	for _, w := range m.workloads {
+		if w.dirty && w.Facts.Len() > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // assign takes the server's answer about one workload.

@@ -124,21 +124,34 @@ func (m *Machine) adopt(cgroup string, family func() []int) (int, error) {
 	}
 }
 
-// giveBack moves what was adopted back to where it was, after an enrollment that failed.
-func (m *Machine) giveBack(from, to string) {
+// giveBack moves what was adopted back to where it was, after an enrollment that failed, and returns that failure. What
+// could not be moved back is said in it: it is nobody's until it is enrolled again.
+func (m *Machine) giveBack(from, to string, cause error) error {
 	back, err := os.OpenFile(filepath.Join(m.dir(to), "cgroup.procs"), os.O_WRONLY, 0)
 	if err == nil {
-		for _, pid := range processes(m.dir(from)) {
-			_, _ = fmt.Fprintf(back, "%d\n", pid)
+		for range adoptRounds {
+			left := processes(m.dir(from))
+			if len(left) == 0 {
+				break
+			}
+			for _, pid := range left {
+				_, _ = fmt.Fprintf(back, "%d\n", pid)
+			}
 		}
 		_ = back.Close()
 	}
+	if left := processes(m.dir(from)); len(left) > 0 {
+		cause = errors.Join(cause, fmt.Errorf("%d processes stay in %s and have no identity: enroll that cgroup, or end them", len(left), from))
+	}
 	m.sweep(from)
+	return cause
 }
 
 // sweep removes a cgroup of ours, or keeps it for another look while something is in it.
 func (m *Machine) sweep(cgroup string) {
-	m.removeCgroup(cgroup)
+	if busy, err := populated(m.dir(cgroup)); err != nil || !busy {
+		m.removeCgroup(cgroup)
+	}
 	if _, err := os.Stat(m.dir(cgroup)); err == nil {
 		m.mu.Lock()
 		if len(m.husks) < MaxWorkloads {
@@ -185,6 +198,13 @@ func RemoveEmptyCgroups(stateDir, root, subtree string) ([]string, error) {
 		return nil, fmt.Errorf("state: %w", err)
 	}
 	var removed []string
+	for _, cgroup := range s.Husks {
+		dir := filepath.Join(root, cgroup)
+		if busy, err := populated(dir); err == nil && !busy {
+			(&Machine{}).removeCgroup(dir)
+			removed = append(removed, dir)
+		}
+	}
 	for _, w := range s.Workloads {
 		dir := filepath.Join(root, w.Cgroup)
 		if id, err := cgroupID(dir); !w.Ours || err != nil || id != w.CgroupID {

@@ -23,7 +23,7 @@ import (
 	"github.com/redoubtsec/redoubt/identity"
 )
 
-// Upstream is what a machine asks of the server. Errors are refusals, or Unavailable while the server is away.
+// Upstream is what a machine asks of the server. Errors are refusals; code "server-unreachable" while the server is away.
 type Upstream interface {
 	Report(ctx context.Context, r fleet.Report) ([]fleet.Assigned, error)
 	SignX509(ctx context.Context, instance string, csr []byte) ([]*x509.Certificate, error)
@@ -57,9 +57,9 @@ type Config struct {
 	Sink        event.Sink
 	Meter       event.Meter
 	Logger      *slog.Logger
-	// Privileged reports whether any process of a cgroup is root, or holds a capability, or could take root back; nil: the
-	// uid of the first process decides alone.
-	Privileged func(cgroup string) bool
+	// Privileged reports whether any process of a cgroup is root, or holds a capability, or could take root back, and whether
+	// that could be told; nil: the uid of the first process decides alone.
+	Privileged func(cgroup string) (privileged, known bool)
 	// Offline keeps the workloads of the state as they are, unlooked at: for a release while no agent runs.
 	Offline bool
 	// Unpin lifts what the sensor has pinned in the kernel and returns what it lifted; nil where nothing is.

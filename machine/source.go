@@ -138,10 +138,20 @@ func (m *Machine) owner(ctx context.Context, pid int, cgroup string) (*workload,
 	if first != 0 && time.Until(attestAt) < attestEvery-2*time.Second {
 		// The first process may have replaced its program since: whoever asks, its facts are read again before they are
 		// relied on. One that has ended left the workload to the others.
+		before := m.digest(w)
 		if err := m.attest(ctx, w, first); err != nil && first == pid {
 			return nil, err
 		}
-		m.settle(ctx)
+		if m.digest(w) != before {
+			m.settle(ctx, w)
+		}
 	}
 	return w, nil
+}
+
+// digest is that of the workload's facts now.
+func (m *Machine) digest(w *workload) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return w.Facts.Digest()
 }

@@ -26,11 +26,13 @@ type state struct {
 	Bundle    json.RawMessage  `json:"bundle,omitempty"`
 	Released  *Release         `json:"released,omitempty"`
 	Workloads []storedWorkload `json:"workloads"`
+	Husks     []string         `json:"husks,omitempty"` // cgroups of ours without a workload, removed once they are empty
 }
 
 type storedWorkload struct {
 	Workload
-	Ours bool `json:"ours"`
+	Ours  bool `json:"ours"`
+	Asked bool `json:"asked,omitempty"` // for privileges
 }
 
 const stateVersion = 1
@@ -42,7 +44,7 @@ func (m *Machine) saveLocked() error {
 	v := m.view.Load()
 	s := state{
 		Version: stateVersion, Machine: m.cfg.ID, Domain: string(m.cfg.TrustDomain), Revision: v.revision, Policy: v.source,
-		Released: m.released,
+		Released: m.released, Husks: m.husks,
 	}
 	if v.bundle != nil {
 		raw, err := json.Marshal(v.bundle)
@@ -53,7 +55,7 @@ func (m *Machine) saveLocked() error {
 	}
 	s.Workloads = append(s.Workloads, m.kept...)
 	for _, w := range m.workloads {
-		s.Workloads = append(s.Workloads, storedWorkload{w.Workload, w.ours})
+		s.Workloads = append(s.Workloads, storedWorkload{w.Workload, w.ours, w.asked})
 	}
 	raw, err := json.Marshal(s)
 	if err != nil {
@@ -116,7 +118,7 @@ func (m *Machine) load() error {
 	}
 	// Identities and endpoints of others are not kept: without them a resumed stream would have holes, so it begins anew.
 	m.view.Store(v)
-	m.released = s.Released
+	m.released, m.husks = s.Released, s.Husks
 	if m.cfg.Offline {
 		m.kept = s.Workloads
 		return nil
@@ -133,6 +135,7 @@ func (m *Machine) readopt(stored storedWorkload) {
 		Service: stored.Service, Labels: stored.Labels, Listen: stored.Listen, Privileged: stored.Privileged,
 		UID: stored.UID, GID: stored.GID,
 	}, stored.How, stored.Cgroup, stored.CgroupID)
+	w.asked = stored.Asked
 	w.ours, w.PID, w.Start, w.Facts, w.Since = stored.Ours, stored.PID, stored.Start, stored.Facts, stored.Since
 	id, err := cgroupID(m.dir(w.Cgroup))
 	busy, perr := populated(m.dir(w.Cgroup))

@@ -7,6 +7,8 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
+	"log/slog"
 	mathrand "math/rand/v2"
 	"slices"
 	"strings"
@@ -23,14 +25,16 @@ type cachedJWT struct {
 	renewAt time.Time
 }
 
+// errAway matches the refusal by which an [Upstream] says that it has no connection.
+var errAway = &refusal.Error{Code: "server-unreachable"}
+
 // renewDue has every SVID signed that is missing or past its half-life, a few at a time.
 func (m *Machine) renewDue(ctx context.Context) {
 	m.mu.Lock()
 	now := time.Now().Round(0)
 	var due []*workload
 	for _, w := range m.workloads {
-		if !w.ID.IsZero() && !now.Before(w.renewAt) {
-			w.renewAt = now.Add(time.Minute) // until the answer is there, nobody else tries
+		if m.claimLocked(w, now) {
 			due = append(due, w)
 		}
 	}
@@ -51,6 +55,21 @@ func (m *Machine) renewDue(ctx context.Context) {
 	wg.Wait()
 }
 
+// claim reports whether the workload's SVID is to be renewed now, by the caller: until it has the answer, nobody else tries.
+func (m *Machine) claim(w *workload, now time.Time) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.claimLocked(w, now)
+}
+
+func (m *Machine) claimLocked(w *workload, now time.Time) bool {
+	if w.ID.IsZero() || now.Before(w.renewAt) {
+		return false
+	}
+	w.renewAt = now.Add(time.Minute)
+	return true
+}
+
 // renew makes a fresh key and has it signed. The old SVID stays until the new one is there.
 func (m *Machine) renew(ctx context.Context, w *workload) {
 	m.mu.Lock()
@@ -63,12 +82,24 @@ func (m *Machine) renew(ctx context.Context, w *workload) {
 		m.wake()
 		return
 	}
+	if err != nil && ctx.Err() != nil {
+		w.renewAt = time.Time{} // the caller left, or would not wait: that says nothing about the server
+		m.mu.Unlock()
+		return
+	}
 	if err != nil {
-		w.failures++
+		away := errors.Is(err, errAway)
+		if w.failures++; away {
+			w.failures = min(w.failures, 2) // asking costs nobody anything, and who waits long misses the server's return
+		}
 		w.renewAt = time.Now().Add(backoff(w.failures))
 		m.mu.Unlock()
 		m.cfg.Meter.Count("svid_renewal_failed", 1)
-		m.log.Warn("an SVID was not renewed; it will be tried again", "workload", instance, "spiffe.id", id.String(), "error", err)
+		level := slog.LevelWarn
+		if away {
+			level = slog.LevelDebug // the connection says it once, for all workloads
+		}
+		m.log.Log(ctx, level, "an SVID was not renewed; it will be tried again", "workload", instance, "spiffe.id", id.String(), "error", err)
 		return
 	}
 	w.svid, w.failures = svid, 0

@@ -53,6 +53,7 @@ type Workload struct {
 type workload struct {
 	Workload
 	ours     bool          // we made the cgroup, and remove it
+	asked    bool          // an operator asked for privileges
 	attested chan struct{} // closed once the first attestation is over, well or not
 	changed  chan struct{} // closed and replaced when documents change
 	dirty    bool          // to be reported
@@ -152,7 +153,7 @@ func (m *Machine) Started(ctx context.Context, instance string, pid int) (Worklo
 		return Workload{}, err
 	}
 	m.emit(w, "workload.started")
-	m.settle(ctx)
+	m.settle(ctx, w)
 	return m.snapshot(w), nil
 }
 
@@ -202,7 +203,7 @@ func (m *Machine) Enroll(ctx context.Context, e Enrollment) (Workload, error) {
 	}
 	if uid, ok := first.Facts.Get(identity.FactUID); ok {
 		e.UID = uint32(uid.Value.(int64))
-		e.Privileged = e.UID == 0 || m.cfg.Privileged != nil && m.cfg.Privileged(first.Cgroup)
+		e.Privileged = e.UID == 0 // more is found out of the workload's own cgroup, once it has one
 	}
 	if err := e.check(); err != nil {
 		return Workload{}, err
@@ -218,26 +219,27 @@ func (m *Machine) Enroll(ctx context.Context, e Enrollment) (Workload, error) {
 		}
 		ours = true
 		if moved, err = m.adopt(cgroup, e.Move); err != nil {
-			m.giveBack(cgroup, e.Cgroup)
-			return Workload{}, err
+			return Workload{}, m.giveBack(cgroup, e.Cgroup, err)
 		}
 	}
 	w := newWorkload(instance, e.Registration, ByEnroll, cgroup, id)
 	w.ours, w.Moved = ours, moved
 	if err = m.add(w); err == nil {
 		if err = m.attest(ctx, w, e.PIDs[0]); err != nil {
+			m.mu.Lock()
 			w.ours = false // giving back removes the cgroup
+			m.mu.Unlock()
 			m.remove(ctx, w)
 		}
 	}
 	if err != nil {
 		if ours {
-			m.giveBack(cgroup, e.Cgroup)
+			err = m.giveBack(cgroup, e.Cgroup, err)
 		}
 		return Workload{}, err
 	}
 	m.emit(w, "workload.enrolled")
-	m.settle(ctx)
+	m.settle(ctx, w)
 	return m.snapshot(w), nil
 }
 
@@ -247,7 +249,7 @@ func newWorkload(instance string, r Registration, how How, cgroup string, id uin
 			Instance: instance, Service: r.Service, Labels: maps.Clone(r.Labels), Listen: slices.Clone(r.Listen), How: how,
 			Privileged: r.Privileged, Cgroup: cgroup, CgroupID: id, UID: r.UID, GID: r.GID, Since: time.Now().UTC(),
 		},
-		attested: make(chan struct{}), changed: make(chan struct{}), jwts: map[string]*cachedJWT{},
+		asked: how == ByRun && r.Privileged, attested: make(chan struct{}), changed: make(chan struct{}), jwts: map[string]*cachedJWT{},
 	}
 }
 
@@ -269,7 +271,12 @@ func (m *Machine) add(w *workload) error {
 		}
 	}
 	m.workloads[w.Instance], m.byCgroup[w.Cgroup] = w, w
-	return m.saveLocked()
+	if err := m.saveLocked(); err != nil {
+		delete(m.workloads, w.Instance)
+		delete(m.byCgroup, w.Cgroup)
+		return err
+	}
+	return nil
 }
 
 func (m *Machine) find(instance string) (*workload, error) {

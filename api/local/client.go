@@ -160,8 +160,9 @@ func (c *Client) away(err error) error {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		return &refusal.Error{
-			Kind: refusal.Unavailable, Code: "agent-hangs", What: "call the agent at " + c.path, Why: "it does not answer",
-			Do: "end its process (kill -9) and run the command again: redoubt release works without it", Err: err,
+			Kind: refusal.Unavailable, Code: "agent-slow", What: "call the agent at " + c.path, Why: "it does not answer in time",
+			Do:  "try again, and look into its log; should redoubt release not be answered either, end the agent (kill -9): release works without it",
+			Err: err,
 		}
 	case errors.Is(err, context.Canceled):
 		why, do = "the call was interrupted", "run it again"
