@@ -54,7 +54,7 @@ func (f *Fleet) followRules(ctx context.Context) {
 	for {
 		changed := f.cfg.Rules.Changed()
 		wait := changed
-		if err := errors.Join(f.publishPolicySet(ctx), f.reissue(ctx)); err != nil && ctx.Err() == nil {
+		if err := errors.Join(f.publishPolicySet(ctx), f.reissue(ctx, changed)); err != nil && ctx.Err() == nil {
 			f.log.ErrorContext(ctx, "the policy set could not be published", slog.Any("error", err))
 			wait = after(ctx, retry)
 		}
@@ -127,9 +127,14 @@ func (f *Fleet) PublishProblem() string {
 }
 
 // reissue re-evaluates every workload present, in pages, so that others get a turn.
-func (f *Fleet) reissue(ctx context.Context) error {
+func (f *Fleet) reissue(ctx context.Context, changed <-chan struct{}) error {
 	q := WorkloadQuery{State: WorkloadPresent, Limit: reissuePage}
 	for {
+		select {
+		case <-changed:
+			return nil // another set is in force already: it is published first, and then all begin anew
+		default:
+		}
 		var page []Workload
 		err := f.update(ctx, func(u *unit) (err error) {
 			if page, err = u.Workloads.Workloads(ctx, q); err != nil {
