@@ -3,6 +3,7 @@ package agent_test
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"testing"
@@ -44,7 +45,8 @@ func TestWhoeverShowsNobodyIsPutOut(t *testing.T) {
 		}
 		_ = c.SetReadDeadline(time.Now().Add(3 * time.Second))
 		if _, err := io.Copy(io.Discard, c); err != nil {
-			if e, ok := err.(net.Error); ok && e.Timeout() {
+			var e net.Error
+			if errors.As(err, &e) {
 				t.Errorf("%s: the connection stays", name)
 			}
 		}

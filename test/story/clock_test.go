@@ -87,7 +87,7 @@ func clockCode(seconds int32) []byte {
 		0x75, 0x07, // jnz ret
 		0x48, 0x81, 0x06, // add qword [rsi], …
 	}
-	return append(binary.LittleEndian.AppendUint32(code, uint32(seconds)), 0xc3) //nolint:gosec // two's complement
+	return append(binary.LittleEndian.AppendUint32(code, uint32(seconds)), 0xc3)
 }
 
 func mapping(pid int, name string) (base uintptr, size int, err error) {

@@ -46,7 +46,7 @@ func prepare(t testing.TB, more ...string) *domain {
 		dir: filepath.Join(program.dir, "d"+strconv.Itoa(n)),
 		ip:  fmt.Sprintf("127.%d.%d.%d", 64+pid>>16&63, pid>>8&255, 1+pid%254),
 	}
-	if err := os.Mkdir(d.dir, 0o755); err != nil { //nolint:gosec // workloads pass through it
+	if err := os.Mkdir(d.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	port := 20000 + n%128*40
@@ -99,7 +99,7 @@ func (d *domain) machine(t testing.TB, name string, more ...string) *node {
 		socket: filepath.Join(d.dir, fmt.Sprintf("w%d.sock", d.agents)), cgroups: fmt.Sprintf("%s/%s-%d", program.cgroups, filepath.Base(d.dir), d.agents),
 	}
 	root := unified(t)
-	if err := os.MkdirAll(filepath.Join(root, a.cgroups), 0o755); err != nil { //nolint:gosec // as cgroups are
+	if err := os.MkdirAll(filepath.Join(root, a.cgroups), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { removeCgroups(filepath.Join(root, a.cgroups)) })

@@ -113,7 +113,7 @@ func TestEnrollAdoptsWhatRuns(t *testing.T) {
 func in(t testing.TB, attr *syscall.SysProcAttr, cgroup string) *syscall.SysProcAttr {
 	t.Helper()
 	path := filepath.Join(unified(t), cgroup)
-	if err := os.MkdirAll(path, 0o755); err != nil { //nolint:gosec // as cgroups are
+	if err := os.MkdirAll(path, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	dir, err := os.Open(path)

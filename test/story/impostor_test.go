@@ -87,7 +87,7 @@ func TestImpostorGetsNobodysIdentity(t *testing.T) {
 		like := orders.cgroup + "x"
 		nested := filepath.Join(orders.cgroup, "inner")
 		for _, c := range []string{like, nested} {
-			if err := os.Mkdir(filepath.Join(root, c), 0o755); err != nil { //nolint:gosec // as cgroups are
+			if err := os.Mkdir(filepath.Join(root, c), 0o755); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = os.Remove(filepath.Join(root, c)) })
@@ -162,7 +162,7 @@ func TestStolenAgentGetsNothingOfAnotherMachine(t *testing.T) {
 		cert.Certificate = append(cert.Certificate, c.Raw)
 	}
 	conn, err := grpc.NewClient("passthrough:///"+d.server.text("agents"), grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{
-		MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}, //nolint:gosec // a thief does not care
+		MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, Certificates: []tls.Certificate{cert},
 	})))
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -66,7 +67,7 @@ func TestJoinTokenIsForOneMachineOnceAndOneServer(t *testing.T) {
 		why := plainError(t, r.log.String())
 		contains(t, c.name, why, c.says...)
 		if c.token != "" {
-			for _, part := range strings.Split(strings.TrimSpace(readFile(t, c.token)), ".") {
+			for part := range strings.SplitSeq(strings.TrimSpace(readFile(t, c.token)), ".") {
 				if len(part) == 43 && strings.Contains(r.log.String(), part) {
 					t.Errorf("%s: the log holds the token's secret", c.name)
 				}
@@ -96,10 +97,10 @@ func plainError(t testing.TB, log string) string {
 		Error string `json:"error"`
 		Code  string `json:"code"`
 	}
-	for i := len(lines) - 1; i >= 0; i-- {
-		if json.Unmarshal([]byte(lines[i]), &doc) == nil && doc.Error != "" {
+	for _, line := range slices.Backward(lines) {
+		if json.Unmarshal([]byte(line), &doc) == nil && doc.Error != "" {
 			if doc.Code == "" {
-				t.Errorf("the error has no code: %s", lines[i])
+				t.Errorf("the error has no code: %s", line)
 			}
 			return doc.Error
 		}

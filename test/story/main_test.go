@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -56,7 +57,7 @@ func build() error {
 		return err
 	}
 	program.dir, program.cgroups = dir, "/"+filepath.Base(dir)
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // workloads run what is in it
+	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
 	program.redoubt, program.spiffe, program.self = filepath.Join(dir, "redoubt"), filepath.Join(dir, "spiffeclient"), filepath.Join(dir, "story")
@@ -75,7 +76,7 @@ func build() error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(program.self, raw, 0o755) //nolint:gosec // workloads run it
+	return os.WriteFile(program.self, raw, 0o755)
 }
 
 // starts takes what starts a child. One thread starts them all and stays as long as the tests do: the children ask the
@@ -161,8 +162,8 @@ func removeCgroups(top string) {
 			}
 			return nil
 		})
-		for i := len(dirs) - 1; i >= 0; i-- {
-			_ = os.Remove(dirs[i])
+		for _, dir := range slices.Backward(dirs) {
+			_ = os.Remove(dir)
 		}
 		if _, err := os.Stat(top); err != nil {
 			return

@@ -63,7 +63,8 @@ func ends(c net.Conn) bool {
 	buf := make([]byte, 4096)
 	for {
 		if _, err := c.Read(buf); err != nil {
-			ne, ok := err.(net.Error)
+			var ne net.Error
+			ok := errors.As(err, &ne)
 			return !ok || !ne.Timeout()
 		}
 	}
