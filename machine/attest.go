@@ -134,10 +134,20 @@ func (m *Machine) settle(ctx context.Context, w *workload) {
 	brief, cancel := context.WithTimeout(ctx, briefly)
 	defer cancel()
 	m.reportDue(brief, false)
+	m.reported(brief)
 	if m.claim(w, time.Now().Round(0)) {
 		m.renew(brief, w)
 	}
 	m.wake()
+}
+
+// reported waits until a report that is on its way has been answered: this workload may be in it.
+func (m *Machine) reported(ctx context.Context) {
+	select {
+	case m.reporting <- struct{}{}:
+		<-m.reporting
+	case <-ctx.Done():
+	}
 }
 
 // unitOf returns the cgroup that bounds the container or systemd service of a process, or "" if it is in neither.
