@@ -70,8 +70,20 @@ func (s *server) askDecision(ctx context.Context, c *call, in *askInput) (*body[
 	}
 	e := event.OfDecision(d)
 	e.Attrs = map[string]any{"asked.by": c.who.actor()}
-	s.sink.Emit(e)
+	s.keep(ctx, e)
 	return &body[policy.Decision]{*d}, nil
+}
+
+// keep records an event before the answer that names it, where the sink can: who asked asks next why.
+func (s *server) keep(ctx context.Context, e event.Event) {
+	if r, ok := s.sink.(Recorder); ok {
+		err := r.Record(ctx, e)
+		if err == nil {
+			return
+		}
+		s.log.Error("a decision was answered before it was stored", "decision", e.Decision, "error", err)
+	}
+	s.sink.Emit(e)
 }
 
 type decisionsInput struct {

@@ -118,3 +118,9 @@ type AuditLog interface {
 type Protections interface {
 	Protections(ctx context.Context) ([]policy.Protection, error)
 }
+
+// Recorder is what a Sink may also be: one that can store an event at once. fleet.Fleet is one.
+type Recorder interface {
+	// Record stores e. Durability: on disk when it returns.
+	Record(ctx context.Context, e event.Event) error
+}
