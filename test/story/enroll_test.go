@@ -99,8 +99,8 @@ func TestEnrollAdoptsWhatRuns(t *testing.T) {
 			t.Errorf("by %s: it is %s", name, f.ID)
 		}
 	}
-	// What runs outside of this machine's subtree is another's.
-	outside := running(t, m1, in(t, nobody(), program.cgroups+"/elsewhere"))
+	// A cgroup outside of this machine's subtree is another's.
+	outside := running(t, m1, in(t, nobody(), program.cgroups+"/another"))
 	refused(t, 1, []string{"outside this machine's subtree"}, m1.cli("enroll", fmt.Sprint(outside.pid), "--service", "theft")...)
 	if now := cgroupOf(t, outside.pid); now != outside.cgroup {
 		t.Errorf("a process outside of the subtree was moved to %s", now)
