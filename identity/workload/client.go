@@ -6,7 +6,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -37,11 +39,29 @@ func NewClient(addr string) (*Client, error) {
 			Do: "run this as a workload (redoubt run), where SPIFFE_ENDPOINT_SOCKET is set, or set it",
 		}
 	}
-	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("passthrough:///workload-api", grpc.WithAuthority("localhost"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx, path) }))
 	if err != nil {
 		return nil, fmt.Errorf("workload API client: %w", err)
 	}
 	return &Client{conn: conn, api: gen.NewSpiffeWorkloadAPIClient(conn)}, nil
+}
+
+// dial connects to a unix socket. While the queue of the socket is full, the kernel answers EAGAIN instead of letting the
+// caller wait (unix(7)): a crowd of others is no reason to give up.
+func dial(ctx context.Context, path string) (net.Conn, error) {
+	for {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
+		if !errors.Is(err, syscall.EAGAIN) {
+			return conn, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }
 
 // Close ends the connection.
