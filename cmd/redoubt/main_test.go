@@ -127,7 +127,9 @@ func TestREADME(t *testing.T) {
 				continue
 			}
 			commands++
-			command = strings.ReplaceAll(command, "$PWD/bin", filepath.Dir(binary))
+			if strings.HasPrefix(command, "install bin/redoubt ") {
+				continue // the binary under test is in PATH, where everybody may run it
+			}
 			command = strings.ReplaceAll(command, "d-…", "$(redoubt get decisions --json | grep -o 'd-[0-9a-v]*' | head -1)")
 			script.WriteString("echo '+ " + strings.ReplaceAll(command, "'", `'\''`) + "'\n" + command + "\n")
 			switch {
